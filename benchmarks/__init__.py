@@ -1,0 +1,1 @@
+"""One command each; every result names the machine it comes from."""

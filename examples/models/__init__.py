@@ -1,0 +1,1 @@
+"""Compact models, each readable in one sitting."""

@@ -1,0 +1,238 @@
+"""MAT: probe → decide → gate and optimizers; knows no Lightning."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mat import flops
+from lightning_mat.gate import Gate
+from lightning_mat.mntk.outputs import Forward, Output
+from lightning_mat.mntk.probe import Probe
+from lightning_mat.mntk.spectra import Spectra
+from lightning_mat.optim import MATOptimizer
+from lightning_mat.policies import Decision, History, Policy, UnitTable
+from lightning_mat.policies import MAT as MATPolicy
+from lightning_mat.policies.base import FULL
+from lightning_mat.units import Partition, partition
+
+log = logging.getLogger(__name__)
+
+
+class MAT:
+    """Modular adaptive training of one model, for any training loop.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizer or optimizers; wrapped, see :attr:`optimizers`.
+        units: A :class:`Partition`, or what :func:`lightning_mat.partition` takes.
+        policy: Who trains next; the paper's by default.
+        skip: What the backward pass skips: ``"weights"``.
+        output: The scalar per sample that is differentiated, see :func:`lightning_mat.mntk`.
+        forward: ``(model, batch) -> logits``, see :func:`lightning_mat.mntk`.
+        precision: Of the probe.
+        memory: Bytes that a probe may take above the model, or ``"auto"``.
+        backend: Of the probe's operations.
+        step_samples: Samples of a training step on this device, for ``memory="auto"``.
+        dry_run: Measure and decide, but let everything train.
+        seed: Of ``output="random"``.
+
+    Attributes:
+        part: The partition.
+        optimizers: The wrapped optimizers, in the order given; step these.
+        history: Scalars of all probes so far.
+        decision: Who trains now.
+        spectra: The newest probe, or None.
+        full_cost: FLOPs per sample of a step in which everything trains, for policies with a
+            budget: set it to what :func:`lightning_mat.flops.count` counts in one such step, over
+            its samples.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> mat = MAT(model, torch.optim.SGD(model.parameters(), 0.1), units="layers")
+        >>> _ = mat.update(torch.randn(16, 4), step=0)
+        >>> optimizer = mat.optimizers[0]
+        >>> loss = model(torch.randn(5, 4)).square().mean()
+        >>> loss.backward()
+        >>> _ = optimizer.step()
+        >>> mat.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Iterable[Optimizer] = (),
+        units: Any = "auto",  # noqa: ANN401
+        policy: Policy | None = None,
+        *,
+        skip: str = "weights",
+        output: Output = "sum_logits",
+        forward: Forward | None = None,
+        precision: str = "float32",
+        memory: str | int = "auto",
+        backend: str = "auto",
+        step_samples: int | None = None,
+        dry_run: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.part = units if isinstance(units, Partition) else partition(model, units)
+        self.policy = MATPolicy() if policy is None else policy
+        self.dry_run = dry_run
+        self.probe = Probe(
+            model,
+            self.part,
+            output=output,
+            forward=forward,
+            precision=precision,
+            memory=memory,
+            backend=backend,
+            step_samples=step_samples,
+            seed=seed,
+        )
+        given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self.optimizers: list[MATOptimizer] = [MATOptimizer(o, model, self.part) for o in given]
+        self.gate = Gate(model, self.part, skip=skip)
+        self.history = History()
+        self.spectra: Spectra | None = None
+        self.decision = self._everything()
+        self.full_cost = 0.0
+        self.episode = 0
+        self.probes = 0
+        self.probe_seconds = 0.0
+        self.probe_flops = 0
+        self._flops_of_one: int | None = None
+
+    @property
+    def active(self) -> torch.Tensor:
+        """Which units train now, bool, shape ``[L]``; all of them in a dry run."""
+        if self.dry_run:
+            return torch.ones(len(self.part), dtype=torch.bool)
+        return self.decision.active
+
+    def update(self, batch: Any, *, step: int, epoch: int = 0) -> Decision:  # noqa: ANN401
+        """Begin an episode: measure, decide, and let the gate and the optimizers follow.
+
+        Call it between optimizer steps. A probe in which a unit's spectrum is NaN or Inf decides
+        nothing: the previous decision stays, with a warning.
+
+        Args:
+            batch: Samples for the probe; ignored if the policy needs no spectra.
+            step: Optimizer steps done so far.
+            epoch: The current epoch.
+
+        Returns:
+            Who trains from now on.
+        """
+        if self.policy.needs_spectra:
+            self.spectra = self.measure(batch)
+            finite = self.spectra.finite
+            if not finite.all():
+                failed = int((~finite).sum())
+                first = self.part.names[int((~finite).nonzero()[0])]
+                warnings.warn(
+                    f"probe at step {step}: the spectra of {failed} of {len(self.part)} units "
+                    f"(first {first!r}) are NaN or Inf; keeping the previous decision. Look at the "
+                    "loss and the learning rate",
+                    stacklevel=2,
+                )
+                return self.decision
+            self.history.append(self.spectra, step, epoch)
+        self.decision = self.policy.decide(self.history, self.table(), self.episode)
+        self.episode += 1
+        self.apply()
+        return self.decision
+
+    def measure(self, batch: Any) -> Spectra:  # noqa: ANN401
+        """Return the spectra over a batch of samples, and account for what that cost."""
+        start = time.perf_counter()
+        self.gate.remove()
+        try:
+            if self._flops_of_one is None:
+                with flops.count() as counter:
+                    spectra = self.probe.measure(batch)
+                self._flops_of_one = counter.total
+            else:
+                spectra = self.probe.measure(batch)
+        finally:
+            self.gate.apply(self.active)
+        self.probes += 1
+        self.probe_seconds += time.perf_counter() - start
+        self.probe_flops += self._flops_of_one
+        return spectra
+
+    def table(self) -> UnitTable:
+        """Return what a policy may know of the units."""
+        cost = torch.zeros(len(self.part), dtype=torch.float64)
+        if self.spectra is not None:
+            cost = self.spectra.cost
+        return UnitTable(
+            self.part.names, self.part.kinds, self.part.layers, cost, full_cost=self.full_cost
+        )
+
+    def apply(self) -> None:
+        """Make the gate and the optimizers follow the decision."""
+        self.gate.apply(self.active)
+        for optimizer in self.optimizers:
+            optimizer.apply(self.active)
+
+    def close(self) -> None:
+        """Remove the gate: the model is an ordinary one, in which everything trains."""
+        self.gate.remove()
+        everything = torch.ones(len(self.part), dtype=torch.bool)
+        for optimizer in self.optimizers:
+            optimizer.apply(everything)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain types; loads under ``torch.load(weights_only=True)``."""
+        return {
+            "units": list(self.part.names),
+            "history": self.history.state_dict(),
+            "decision": self.decision.state_dict(),
+            "full_cost": self.full_cost,
+            "episode": self.episode,
+            "probes": self.probes,
+            "probe_seconds": self.probe_seconds,
+            "probe_flops": self.probe_flops,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, and apply its decision.
+
+        The optimizers' own states are loaded by their own ``load_state_dict``.
+
+        Raises:
+            ValueError: If the state is of another partition; the message names a unit.
+        """
+        saved, own = list(state["units"]), list(self.part.names)
+        if saved != own:
+            gone = [name for name in saved if name not in set(own)]
+            new = [name for name in own if name not in set(saved)]
+            example = f"only there {gone[:1]}, only here {new[:1]}" if gone or new else "reordered"
+            raise ValueError(
+                f"the saved state is of {len(saved)} units, this partition has {len(own)} "
+                f"({example}): resume with the model and the units of the saved run"
+            )
+        self.history.load_state_dict(state["history"])
+        self.decision = Decision.from_state_dict(state["decision"])
+        self.full_cost = float(state["full_cost"])
+        self.episode = int(state["episode"])
+        self.probes = int(state["probes"])
+        self.probe_seconds = float(state["probe_seconds"])
+        self.probe_flops = int(state["probe_flops"])
+        self.spectra = None
+        self.apply()
+
+    def _everything(self) -> Decision:
+        count = len(self.part)
+        active = torch.ones(count, dtype=torch.bool)
+        return Decision(active, (FULL,) * count, {}, self.part.kinds)

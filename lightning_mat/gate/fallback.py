@@ -1,0 +1,107 @@
+"""The gate's net: hooks on parameters that hold the promise whoever computed the gradient.
+
+A rule computes only what trains, and then these hooks find nothing to do. Where no rule knows the
+layer, or where a model uses a parameter outside of its module (``F.linear(x, self.fc.weight)``),
+autograd computes the gradient in full and the hook clears what rests: right, but nothing is saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mat.units.regions import Block, complement
+
+_log = logging.getLogger(__name__)
+_noted: set[str] = set()
+
+
+def note_once(key: str, message: str) -> None:
+    """Log a message at info level the first time that its key is seen in this process."""
+    if key not in _noted:
+        _noted.add(key)
+        _log.info(message)
+
+
+class ClearResting:
+    """Hook on a parameter of which a part rests: zeros there, in whatever gradient arrives.
+
+    Args:
+        name: The parameter's name, for messages.
+        blocks: What trains.
+        rows: Rows of the parameter's matrix view.
+        columns: Columns of it.
+    """
+
+    def __init__(self, name: str, blocks: Sequence[Block], rows: int, columns: int) -> None:
+        self.name = name
+        self.shape = (rows, columns)
+        self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
+        self._clean: tuple[int, int] | None = None
+
+    def deliver(self, grad: Tensor) -> Tensor:
+        """Return ``grad``, remembered as one in which what rests is zero already."""
+        # Compiled code has no addresses to remember: there the hook clears once more.
+        if not torch.compiler.is_compiling():
+            self._clean = (grad.data_ptr(), grad._version)
+        return grad
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        """Return the gradient with zeros where the parameter rests, None if it is so already."""
+        if grad.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {self.name!r} is {grad.layout}, of which a part cannot rest: "
+                "let the parameter train or rest whole, or use dense gradients (sparse=False)"
+            )
+        # Autograd sums gradients in place, which raises the version, or into another tensor:
+        # address and version together say that this is what a rule delivered and nothing else.
+        clean, self._clean = self._clean, None
+        if clean == (grad.data_ptr(), grad._version):
+            return None
+        cleared = grad.clone(memory_format=torch.contiguous_format)
+        matrix = cleared.view(self.shape)
+        for block in self.resting:
+            for a, b in block.rows:
+                for c, d in block.columns:
+                    matrix[a:b, c:d] = 0
+        return cleared
+
+
+class DropGradient:
+    """Hook on a parameter that rests whole: no gradient, so that no optimizer moves it.
+
+    Args:
+        name: The parameter's name, for the log.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, param: Tensor) -> None:
+        """Drop the gradient that was just accumulated."""
+        param.grad = None
+        note_once(
+            f"used outside: {self.name}",
+            f"parameter {self.name!r} rests, but its gradient was computed, because the model "
+            "uses it outside of its module's forward: it was dropped, and nothing was saved",
+        )
+
+
+def watch(param: nn.Parameter, hook: ClearResting | DropGradient) -> RemovableHandle:
+    """Register a hook and return its handle."""
+    if isinstance(hook, ClearResting):
+        return cast(RemovableHandle, param.register_hook(hook))
+    handle = param.register_post_accumulate_grad_hook(hook)
+    return cast(RemovableHandle, handle)
+
+
+def forget(param: nn.Parameter) -> None:
+    """Undo the empty dictionaries that PyTorch leaves behind when a parameter's hooks are gone."""
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if not getattr(param, hooks):
+            setattr(param, hooks, None)

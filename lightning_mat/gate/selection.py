@@ -1,0 +1,118 @@
+"""Selection: some runs of indices along one axis, taken out of a tensor or put back into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mat.units.regions import Run, merge_runs
+
+# Below this mean length of a run one indexed copy beats a copy per run. Measured on a CPU with 4096
+# tokens and a quarter of 2048 features: runs of 4, 1.2 ms indexed against 5.4; runs of 8, 5.4
+# against 2.7; runs of 64, 4.9 against 0.7.
+SHORT_RUN = 8
+
+
+class Selection:
+    """Sorted, disjoint runs of indices along an axis of a given length.
+
+    Args:
+        runs: Pairs ``(start, stop)``; neighbours are merged already.
+        size: Length of the axis.
+        device: Where the tensors live. The index is built here, once, so that no training step
+            copies anything from host to device.
+
+    Example:
+        >>> some = Selection([(0, 1), (2, 4)], 5, torch.device("cpu"))
+        >>> some.take(torch.tensor([[10, 11, 12, 13, 14]]), 1)
+        tensor([[10, 12, 13]])
+        >>> len(some), some.whole
+        (3, False)
+    """
+
+    def __init__(self, runs: Sequence[Run], size: int, device: torch.device) -> None:
+        self.runs: tuple[Run, ...] = tuple(runs)
+        self.size = size
+        self.count = sum(stop - start for start, stop in self.runs)
+        self.whole = self.count == size
+        # On an accelerator every copy is a launch: one indexed copy wins over several plain ones.
+        short = device.type != "cpu" or self.count < SHORT_RUN * len(self.runs)
+        self.indexed = short and len(self.runs) > 1
+        self._index = torch.tensor(
+            [i for start, stop in self.runs for i in range(start, stop)] if self.indexed else [],
+            dtype=torch.int64,
+            device=device,
+        )
+
+    def __len__(self) -> int:
+        """Return how many indices are selected."""
+        return self.count
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return the indices on a device; copied only if the model has moved since."""
+        if self._index.device != device:
+            self._index = self._index.to(device)
+        return self._index
+
+    def take(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return the selected slices along ``dim``: a view of one run, a copy of several."""
+        if self.whole:
+            return tensor
+        if len(self.runs) == 1:
+            return tensor.narrow(dim, self.runs[0][0], self.count)
+        if self.indexed:
+            return tensor.index_select(dim, self.index(tensor.device))
+        return torch.cat([tensor.narrow(dim, a, b - a) for a, b in self.runs], dim)
+
+    def copy(self, tensor: Tensor, dim: int) -> Tensor:
+        """Return what :meth:`take` returns, but never a view that keeps all of ``tensor`` alive."""
+        taken = self.take(tensor, dim)
+        return taken.clone() if len(self.runs) == 1 and not self.whole else taken
+
+    def put(self, values: Tensor, target: Tensor, dim: int) -> None:
+        """Copy ``values`` over the selected slices of ``target`` along ``dim``."""
+        if self.indexed:
+            target.index_copy_(dim, self.index(target.device), values.to(target.dtype))
+            return
+        start = 0
+        for a, b in self.runs:
+            target.narrow(dim, a, b - a).copy_(values.narrow(dim, start, b - a))
+            start += b - a
+
+    def within(self, kept: Selection) -> Selection:
+        """Return the same indices counted among those of ``kept``, which holds them all.
+
+        Example:
+            >>> cpu = torch.device("cpu")
+            >>> Selection([(4, 6)], 8, cpu).within(Selection([(0, 2), (4, 8)], 8, cpu)).runs
+            ((2, 4),)
+        """
+        runs: list[Run] = []
+        offset = 0
+        for a, b in kept.runs:
+            for start, stop in self.runs:
+                low, high = max(a, start), min(b, stop)
+                if low < high:
+                    runs.append((low - a + offset, high - a + offset))
+            offset += b - a
+        return Selection(merge_runs(runs), kept.count, self._index.device)
+
+
+def place(values: Tensor, target: Tensor, rows: Selection, columns: Selection) -> None:
+    """Copy ``values`` over the selected rows (dimension 0) and columns (dimension 1) of ``target``.
+
+    Args:
+        values: Shape ``[len(rows), len(columns), ...]``.
+        target: Shape ``[rows.size, columns.size, ...]``, changed in place.
+        rows: Which of dimension 0.
+        columns: Which of dimension 1.
+    """
+    if columns.whole:
+        rows.put(values, target, 0)
+        return
+    start = 0
+    for a, b in rows.runs:
+        columns.put(values.narrow(0, start, b - a), target.narrow(0, a, b - a), 1)
+        start += b - a

@@ -1,0 +1,118 @@
+"""Collector: gathers a parameter's uses until all are there, then adds them to the Grams.
+
+A parameter may be used by several layers (tied weights) or several times (a shared layer), and its
+samples may come in micro-batches. Its per-sample gradient is the sum over the uses; its Gram needs
+all samples at once. Whatever is complete is added at once and freed, while the backward pass of the
+last micro-batch goes on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lightning_mat.mntk.accumulate import add_to_grams
+from lightning_mat.mntk.factors import Factor, Zero, add_uses, stack_samples
+from lightning_mat.mntk.fallback import fallback_factors
+from lightning_mat.mntk.layout import Layout, Ragged
+from lightning_mat.mntk.tape import Call
+from lightning_mat.units.unit import Rect
+
+
+class Collector:
+    """Adds calls to the Grams of the units that own the parameters used.
+
+    Args:
+        owners: ``(unit, rectangle)`` pairs by parameter.
+        grams: ``[L, S, S]``, modified in place.
+        cost: FLOPs per sample of each unit's weight gradient, ``[L]``, modified in place.
+        workspace: Bytes for blocks of per-sample gradients.
+        backend: Backend of the Gram operation.
+    """
+
+    def __init__(
+        self,
+        owners: Mapping[str, Sequence[tuple[int, Rect]]],
+        grams: Tensor,
+        cost: Tensor,
+        workspace: int,
+        backend: str,
+    ) -> None:
+        self.owners, self.grams, self.cost = owners, grams, cost
+        self.workspace, self.backend = workspace, backend
+        self._sizes: list[int] = []
+        self._batches: dict[str, dict[int, Factor]] = {}
+        self._uses: dict[str, list[Factor]] = {}
+        self._missing: Counter[str] = Counter()
+        self._last = False
+
+    def begin(self, calls: Sequence[Call], samples: int, last: bool) -> None:
+        """Announce the calls of a micro-batch, whose gradients are about to arrive."""
+        self._close()
+        self._sizes.append(samples)
+        self._last = last
+        self._missing = Counter(name for call in calls for name in call.names.values())
+
+    def add(self, call: Call, layout: Layout | None, samples: int) -> None:
+        """Take a call whose rows lie in a regular order."""
+        if call.rule is None:
+            factors = fallback_factors(call, layout, samples)
+        else:
+            assert layout is not None
+            x = layout.to_samples(call.x, call.x_row_dims(), samples)
+            grad = layout.to_samples(call.grads[0], call.row_dims(call.grads[0]), samples)
+            factors = call.rule.factors(call.module, x, grad)
+        self._take(call, factors)
+
+    def add_routed(self, call: Call, ids: Tensor, samples: int) -> None:
+        """Take a call whose rows belong to the samples ``ids`` (-1: to none)."""
+        assert call.rule is not None
+        rows = Ragged(ids)
+        x = rows.to_samples(call.x, call.x_row_dims(), samples)
+        grad = rows.to_samples(call.grads[0], call.row_dims(call.grads[0]), samples)
+        factors = call.rule.factors(call.module, x, grad)
+        padded = samples * x.shape[1]
+        share = ids.numel() / padded if padded else 0.0
+        for factor in factors.values():
+            factor.flops_per_element *= share
+        self._take(call, factors)
+
+    def finish(self) -> None:
+        """Add what is left: parameters some of whose uses had no gradient."""
+        self._close()
+        for name in list(self._batches):
+            self._flush(name)
+
+    def _take(self, call: Call, factors: Mapping[str, Factor]) -> None:
+        call.x, call.inputs, call.outputs, call.grads = None, None, None, {}
+        for attribute, name in call.names.items():
+            self._uses.setdefault(name, []).append(factors[attribute])
+            self._missing[name] -= 1
+            if self._last and self._missing[name] == 0:
+                self._batch(name, self._uses.pop(name))
+                self._flush(name)
+
+    def _close(self) -> None:
+        """Close a micro-batch: its uses of a parameter are one factor."""
+        for name, uses in self._uses.items():
+            self._batch(name, uses)
+        self._uses = {}
+
+    def _batch(self, name: str, uses: Sequence[Factor]) -> None:
+        self._batches.setdefault(name, {})[len(self._sizes) - 1] = add_uses(uses)
+
+    def _flush(self, name: str) -> None:
+        found = self._batches.pop(name)
+        like = next(iter(found.values()))
+        # a micro-batch that never used the parameter (no token for an expert) still has samples
+        factor = stack_samples(
+            [found.get(i) or Zero(size, like) for i, size in enumerate(self._sizes)]
+        )
+        owned = self.owners[name]
+        add_to_grams(
+            self.grams, factor, owned, workspace=self.workspace, backend=self.backend
+        )
+        for unit, rect in owned:
+            self.cost[unit] += factor.flops_per_element * rect.numel

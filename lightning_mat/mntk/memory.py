@@ -1,0 +1,32 @@
+"""What a pass holds in memory, and how running out of it shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    )
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a forward pass saves for the backward pass, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.total = 0
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor

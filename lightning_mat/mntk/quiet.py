@@ -1,0 +1,109 @@
+"""A context in which a model can be probed without leaving a trace."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+@contextmanager
+def quiet(model: nn.Module, precision: str = "float32") -> Iterator[None]:
+    """Put a model in eval mode without weight gradients, and give everything back on exit.
+
+    Parameters, buffers, ``.grad``, ``requires_grad``, train/eval flags, the random number streams
+    (torch, Python, NumPy) and the numerical settings are bit-equal before and after, also when the
+    body raises.
+
+    Args:
+        model: The model to probe.
+        precision: ``"float32"`` (no autocast, no TF32), ``"tf32"`` or ``"bf16"`` (autocast).
+
+    Raises:
+        ValueError: If the precision is not one of :data:`PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    training = {module: module.training for module in model.modules()}
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(kept_random_streams(cuda))
+        stack.enter_context(_numerics(model, precision))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # hooks must fire, and shapes of a probe must not recompile a training step
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module in training:
+                module.training = False
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in frozen.items():
+                parameter.requires_grad_(flag)
+            for module, flag in training.items():
+                module.training = flag
+            with torch.no_grad():
+                for buffer, version, before in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(before)
+
+
+@contextmanager
+def kept_random_streams(
+    devices: Iterable[torch.device] = (), seed: int | None = None
+) -> Iterator[None]:
+    """Restore torch's, Python's and NumPy's random number streams on exit.
+
+    Args:
+        devices: GPUs whose streams are kept, too.
+        seed: If given, the block starts with all of them seeded.
+    """
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})):
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+                random.seed(seed)
+                if numpy is not None:
+                    numpy.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _numerics(model: nn.Module, precision: str) -> Iterator[None]:
+    """Pin the precision of matrix products, and the plain path of attention layers."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    matmul = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    # cuDNN refuses the backward pass of a recurrent layer in eval mode
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    cudnn = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = cudnn and not recurrent
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.enabled = cudnn

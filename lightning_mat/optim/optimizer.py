@@ -1,0 +1,241 @@
+"""MATOptimizer: an optimizer that steps the units that train and lets the others rest."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
+
+from lightning_mat.optim.slabs import pack_histories, unpack_histories
+from lightning_mat.optim.slicer import Slicer
+from lightning_mat.units.core import Partition
+
+_ELEMENTWISE: list[type[Optimizer]] = [
+    SGD, Adam, AdamW, Adadelta, Adagrad, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop,
+]  # fmt: skip
+
+
+class MATOptimizer(Optimizer):
+    """Steps each unit as if its slab of every parameter were a parameter of its own.
+
+    A unit that rests is treated as ``torch.optim`` treats a parameter whose ``grad`` is None: its
+    values, moments, step count and weight decay all pause, and go on where they stopped when it
+    wakes. What no unit owns trains always. While every unit trains (and none has rested), a step is
+    the inner optimizer's own step.
+
+    The optimizer inside does all arithmetic (for-loop, foreach or fused), and keeps its parameter
+    groups, its state and its hooks; learning-rate schedulers, ``GradScaler`` and Lightning work on
+    this object and on the one inside alike. Attributes that are not listed here are the inner
+    optimizer's. State that is read through :attr:`state` or :meth:`state_dict` is up to date;
+    parameters of which units own short runs of rows (convolution filters) keep a copy of the
+    training part's state between such reads.
+
+    Args:
+        inner: An optimizer whose update is elementwise: SGD, Adam, AdamW, Adadelta, Adagrad,
+            Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop, or one that was registered through
+            :meth:`register_elementwise`. It may hold only some of the model's parameters.
+        model: The model whose parameters the partition names.
+        part: The units.
+
+    Raises:
+        TypeError: If the update of ``inner`` is not known to be elementwise, or it is wrapped
+            already.
+        ValueError: If the partition was made for another model, or ``inner`` is differentiable.
+
+    Example:
+        >>> import torch
+        >>> from lightning_mat.units.unit import Slice, Unit
+        >>> model = torch.nn.Linear(1, 2, bias=False)
+        >>> units = [Unit(f"row.{i}", "ffn", "fc", (Slice("weight", 0, i, i + 1),)) for i in (0, 1)]
+        >>> part = Partition(units, model)
+        >>> optimizer = MATOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, part)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> optimizer.apply(torch.tensor([True, False]))
+        >>> model(torch.ones(1)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight.flatten().tolist()
+        [-1.0, 0.0]
+    """
+
+    # GradScaler then unscales the gradients first, also where the inner optimizer is fused.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, inner: Optimizer, model: nn.Module, part: Partition) -> None:
+        # The base class's __init__ is not called: groups, state and hooks are the inner's.
+        _check_inner(inner)
+        shapes = {name: param.shape for name, param in model.named_parameters()}
+        for name in part.owners:
+            if shapes.get(name) != part.shapes[name]:
+                raise ValueError(
+                    f"the partition has a parameter {name!r} of shape {tuple(part.shapes[name])}, "
+                    f"the model {'none' if name not in shapes else tuple(shapes[name])}: pass the "
+                    "model that the partition was made for"
+                )
+        # Nothing mutable here: Lightning's wrapper calls these methods on an object of its own.
+        self.inner = inner
+        self.part = part
+        self._slicer = Slicer(inner, model, part)
+
+    @classmethod
+    def register_elementwise(cls, optimizer: type[Optimizer]) -> type[Optimizer]:
+        """Allow an optimizer class of your own; usable as a decorator.
+
+        Its update of an element may depend only on this element's value, gradient and state and on
+        scalars; it keeps its state per parameter (tensors of the parameter's shape, and scalars),
+        creates it at the first step, and calls the closure before it reads its groups.
+
+        Returns:
+            The class.
+        """
+        if optimizer not in _ELEMENTWISE:
+            _ELEMENTWISE.append(optimizer)
+        return optimizer
+
+    def apply(self, active: Tensor | Sequence[bool]) -> None:
+        """Set which units train from the next step on.
+
+        Args:
+            active: Which units train, bool, shape ``[L]``. All do until this is called.
+
+        Raises:
+            ValueError: If it is not a bool tensor of length L.
+        """
+        self._slicer.apply(self.part.check_active(active).tolist())
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401
+        """Step the units that train.
+
+        Args:
+            closure: Recomputes the loss and the gradients, as in ``torch.optim``.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: If a parameter that is stepped in part has a sparse gradient.
+        """
+        try:
+            return self.inner.step() if closure is None else self.inner.step(closure)
+        finally:
+            self._slicer.restore()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, of resting units too."""
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; units that own parts of its parameters are known already."""
+        self.inner.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's ``state_dict`` and, under ``"mat"``, what it cannot hold.
+
+        The state has the layout of the inner optimizer, with a whole tensor for each parameter and
+        the step count of its most-trained slab, and plain ``torch.optim`` loads it. ``"mat"`` holds
+        for each parameter whose slabs differ their rectangles and step counts, in tensors.
+        """
+        state = self.inner.state_dict()
+        slicer = self._slicer
+        state["mat"] = {
+            slicer.names[param]: pack_histories(slicer.slabs[param], histories)
+            for param, histories in slicer.histories.items()
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, of this class or of the inner optimizer's.
+
+        Args:
+            state_dict: Without ``"mat"``, every slab takes its parameter's step count.
+
+        Raises:
+            ValueError: If the slabs differ from those of the saved run; nothing is loaded then.
+        """
+        slicer = self._slicer
+        params = {name: param for param, name in slicer.names.items()}
+        histories = {}
+        for name, packed in state_dict.get("mat", {}).items():
+            param = params.get(name)
+            loaded = None if param is None else unpack_histories(slicer.slabs[param], packed)
+            if param is None or loaded is None:
+                raise ValueError(
+                    f"the saved optimizer state has other slabs of {name!r} than the partition: "
+                    "resume with the units of the saved run, or drop the step counts per unit with "
+                    'state_dict.pop("mat")'
+                )
+            histories[param] = loaded
+        self.inner.load_state_dict(state_dict)
+        slicer.histories = histories
+
+    def unwrap(self) -> Optimizer:
+        """Return the inner optimizer as an ordinary one, its state up to date."""
+        self._slicer.detach()
+        return self.inner
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The inner optimizer's state, brought up to date."""
+        self._slicer.settle()
+        return self.inner.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's parameter groups."""
+        return self.inner.param_groups
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Return the inner optimizer's attribute."""
+        if "inner" not in self.__dict__:  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle or copy with the inner optimizer; hooks are left out, as in ``torch.optim``."""
+        return {"inner": self.inner, "part": self.part, "_slicer": self._slicer}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore."""
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        """Return the number of training units and the inner optimizer."""
+        return f"MATOptimizer({sum(self._slicer.active)} of {len(self.part)} units train, {self.inner!r})"
+
+
+def _check_inner(inner: Optimizer) -> None:
+    name = type(inner).__name__
+    if isinstance(inner, MATOptimizer):
+        raise TypeError("the optimizer is a MATOptimizer already: wrap it once")
+    # A subclass is as elementwise as its base where it does not bring its own step.
+    step = inspect.unwrap(type(inner).step)
+    if not any(
+        isinstance(inner, known) and step is inspect.unwrap(known.step) for known in _ELEMENTWISE
+    ):
+        supported = ", ".join(known.__name__ for known in _ELEMENTWISE)
+        raise TypeError(
+            f"the update of {name} is not known to be elementwise, so that no part of a parameter "
+            f"can be stepped on its own: use one of {supported}, or, if each element's update "
+            f"depends on nothing but itself and scalars, MATOptimizer.register_elementwise({name})"
+        )
+    if any(group.get("differentiable") for group in inner.param_groups):
+        raise ValueError(
+            f"{name} has differentiable=True, and autograd cannot follow a step in slabs: use "
+            "differentiable=False"
+        )

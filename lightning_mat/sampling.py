@@ -1,0 +1,63 @@
+"""Samples for a probe, drawn from the training set without disturbing the training's own order."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_mat.mntk.quiet import kept_random_streams
+
+
+def check_loader(loader: object, n_samples: int) -> DataLoader[Any]:
+    """Return the loader if samples can be drawn from its dataset by index.
+
+    Raises:
+        ValueError: If there is no loader, or its dataset has no length, or too few samples.
+    """
+    if loader is None:
+        raise ValueError(
+            "no training dataloader found, but MATCallback draws its probe from the training set: "
+            "define train_dataloader, or pass MATCallback(probe_data=DataLoader(...))"
+        )
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"the training data is a {type(loader).__name__}, not one DataLoader: pass "
+            "MATCallback(probe_data=DataLoader(...)) to say what to draw the probe from"
+        )
+    dataset = loader.dataset
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"the training dataset {type(dataset).__name__} has no length or no indexing "
+            "(iterable datasets have neither), so that no samples can be drawn from it: pass "
+            "MATCallback(probe_data=DataLoader(...)) over a dataset that has both"
+        )
+    if n_samples > len(dataset):
+        raise ValueError(
+            f"n_samples is {n_samples}, but the training dataset has {len(dataset)} samples: "
+            f"lower n_samples to at most {len(dataset)}"
+        )
+    return loader
+
+
+def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any:  # noqa: ANN401
+    """Return a collated batch of different samples.
+
+    The draw depends on the seed and the number of the probe alone, and the random number streams
+    (torch, Python, NumPy) are as before, also where the dataset augments its samples at random.
+
+    Args:
+        loader: Its dataset and its ``collate_fn`` are used; its sampler is not.
+        n_samples: S.
+        seed: Of the run.
+        number: Of the probe, from 0.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    dataset: Any = loader.dataset
+    index = torch.randperm(len(dataset), generator=generator)[:n_samples].tolist()
+    with kept_random_streams(seed=seed * 1_000_003 + number):
+        fetch = getattr(dataset, "__getitems__", None)
+        samples = fetch(index) if fetch is not None else [dataset[i] for i in index]
+        return loader.collate_fn(samples)

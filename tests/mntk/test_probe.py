@@ -1,0 +1,340 @@
+"""The probe is exact, leaves no trace, and says so when it cannot measure."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_mat.mntk.probe import Probe, mntk
+from lightning_mat.units import Partition, Slice, Unit
+from tests.reference.jacobian import jacobian_grams
+from tests.reference.models import CASES, Case, parameter_units
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
+    torch.manual_seed(0)
+    case = CASES[name]()
+    case.model.to(dtype).eval()
+    batch = tree_map(
+        lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, case.batch
+    )
+    return Case(case.model, batch, case.logits)
+
+
+def by_sample(case: Case) -> Any:
+    return lambda model: case.logits(model).flatten(1).sum(1)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """Largest relative error of any unit's Gram."""
+    error = (found.double() - expected).flatten(1).norm(dim=1)
+    return float((error / expected.flatten(1).norm(dim=1).clamp_min(1e-12)).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_probe_is_exact_in_float64(name: str) -> None:
+    case = make(name)
+    part = parameter_units(case.model)
+    expected = jacobian_grams(case.model, by_sample(case), part)
+    assert expected.abs().flatten(1).amax(1).gt(1e-9).sum() >= len(part) // 2
+    spectra = mntk(case.model, case.batch, part, keep_gram=True)
+    assert worst(spectra.gram, expected) < 1e-5
+    values = torch.linalg.eigvalsh(expected).flip(-1).clamp_min(0)
+    assert torch.allclose(spectra.eigenvalues, values, rtol=1e-5, atol=1e-9 * float(values.max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_probe_is_exact_in_float32(name: str) -> None:
+    case = make(name)
+    part = parameter_units(case.model)
+    expected = jacobian_grams(case.model, by_sample(case), part)
+    single = make(name, torch.float32)
+    spectra = mntk(single.model, single.batch, part, keep_gram=True)
+    # parameters without influence (a key's bias) have a Gram of rounding noise
+    matters = expected.flatten(1).norm(dim=1) > 1e-9 * expected.flatten(1).norm(dim=1).max()
+    assert worst(spectra.gram[matters], expected[matters]) < 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("memory", [30_000])
+def test_little_memory_gives_the_same_spectra(name: str, memory: int) -> None:
+    case = make(name)
+    part = parameter_units(case.model)
+    expected = jacobian_grams(case.model, by_sample(case), part)
+    spectra = mntk(case.model, case.batch, part, keep_gram=True, memory=memory)
+    assert worst(spectra.gram, expected) < 1e-5
+
+
+def test_slices_of_rows_columns_and_both() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    units = [
+        Unit("rows", "head", "0", (Slice("0.weight", 0, 2, 5), Slice("0.bias", 0, 2, 5))),
+        Unit("more rows", "head", "0", (Slice("0.weight", 0, 6, 7),)),
+        Unit("columns", "ffn", "2", (Slice("2.weight", 1, 0, 3),)),
+        Unit("cross", "ffn", "2", (Slice("2.weight", 1, 5, 6), Slice("2.weight", 0, 0, 0 + 8))),
+    ]
+    with pytest.raises(ValueError, match="both own"):
+        Partition(units, model)
+    units[3] = Unit("columns too", "ffn", "2", (Slice("2.weight", 1, 5, 8), Slice("2.bias")))
+    part = Partition(units, model)
+    expected = jacobian_grams(model, lambda m: m(x).flatten(1).sum(1), part)
+    assert worst(mntk(model, x, part, keep_gram=True).gram, expected) < 1e-9
+
+
+def test_a_unit_may_own_crossing_rows_and_columns() -> None:
+    model = nn.Linear(6, 6).double()
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    pieces = (Slice("weight", 0, 1, 3), Slice("weight", 1, 2, 5))
+    part = Partition([Unit("cross", "ffn", "", pieces)], model)
+    assert int(part.numel[0]) == 2 * 6 + 3 * 6 - 2 * 3
+    expected = jacobian_grams(model, lambda m: m(x).flatten(1).sum(1), part)
+    assert worst(mntk(model, x, part, keep_gram=True).gram, expected) < 1e-9
+
+
+def test_random_and_callable_outputs_match_their_jacobians() -> None:
+    case = make("encoder")
+    part = parameter_units(case.model)
+    signs = torch.randint(0, 2, (11,), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    vector = signs / 11**0.5
+    expected = jacobian_grams(
+        case.model, lambda m: (case.logits(m) * vector).flatten(1).sum(1), part
+    )
+    found = mntk(case.model, case.batch, part, output="random", seed=3, keep_gram=True)
+    assert worst(found.gram, expected) < 1e-5
+    largest = lambda m, b: m(b).flatten(1).amax(1)  # noqa: E731
+    expected = jacobian_grams(case.model, lambda m: largest(m, case.batch), part)
+    found = mntk(case.model, case.batch, part, output=largest, keep_gram=True)
+    assert worst(found.gram, expected) < 1e-5
+
+
+def test_loss_output_is_the_jacobian_of_each_samples_loss() -> None:
+    case = make("encoder")
+    part = parameter_units(case.model)
+    labels = case.batch.clone()
+    labels[:, ::2] = -100
+
+    def losses(model: nn.Module) -> Tensor:
+        logits = case.logits(model)
+        return torch.stack(
+            [nn.functional.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True)]
+        )
+
+    expected = jacobian_grams(case.model, losses, part)
+    batch = {"x": case.batch, "labels": labels}
+    found = mntk(case.model, batch, part, output="loss", keep_gram=True)
+    assert worst(found.gram, expected) < 1e-5
+
+
+def test_loss_of_real_targets_is_the_squared_error() -> None:
+    model = nn.Linear(4, 2).double()
+    x, y = torch.randn(2, 6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    part = parameter_units(model)
+    expected = jacobian_grams(model, lambda m: (m(x[0]) - y).square().mean(1), part)
+    found = mntk(model, (x[0], y), part, output="loss", keep_gram=True)
+    assert worst(found.gram, expected) < 1e-9
+
+
+@pytest.mark.parametrize("output", ["sum_logits", "random", "loss"])
+def test_probe_leaves_no_trace(output: str) -> None:
+    case = make("conv2d", torch.float32)
+    model = case.model.train()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    loss = model(case.batch["input"]).square().mean()
+    loss.backward()
+    part = Partition(
+        [Unit("c", "filter", "0", (Slice("0.weight", 0, 1, 4),)), Unit("l", "layer", "9",
+         (Slice("9.weight"),))],
+        model,
+    )
+    before = _everything(model)
+    batch = {"input": case.batch["input"], "labels": torch.zeros(5, dtype=torch.long)}
+    streams = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    mntk(model, batch, part, output=output)
+    after = _everything(model)
+    assert streams[0] == random.getstate()
+    assert streams[1] == np.random.get_state()[1].tolist()
+    assert torch.equal(streams[2], torch.get_rng_state())
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        same = torch.equal(value, after[key]) if isinstance(value, Tensor) else value == after[key]
+        assert same, key
+
+
+def _everything(model: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {f"state {k}": v.clone() for k, v in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        state[f"flag {name}"] = parameter.requires_grad
+        state[f"grad {name}"] = None if parameter.grad is None else parameter.grad.clone()
+        state[f"version {name}"] = parameter._version
+    for name, module in model.named_modules():
+        state[f"mode {name}"] = module.training
+        state[f"keys {name}"] = sorted(module.__dict__)
+        state[f"hooks {name}"] = (len(module._forward_hooks), len(module._forward_pre_hooks))
+    return state
+
+
+def test_an_error_in_the_forward_leaves_no_trace_either() -> None:
+    case = make("conv2d", torch.float32)
+    model = case.model.train()
+    part = parameter_units(model)
+    before = _everything(model)
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        model(batch["input"])
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        mntk(model, case.batch, part, forward=broken)
+    assert before.keys() == _everything(model).keys()
+    assert all(p.requires_grad for p in model.parameters())
+    assert _everything(model)["mode 0"] is True
+    assert _everything(model)["hooks 0"] == (0, 0)
+
+
+def test_a_second_measurement_gives_the_same_bits() -> None:
+    case = make("encoder", torch.float32)
+    probe = Probe(case.model, parameter_units(case.model))
+    first, second = probe.measure(case.batch), probe.measure(case.batch)
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+
+
+def test_logits_are_never_built_where_the_last_layer_is_linear() -> None:
+    vocabulary = 5000
+    model = nn.Sequential(nn.Embedding(vocabulary, 8), nn.Linear(8, 8), nn.Linear(8, vocabulary))
+    x = torch.randint(0, vocabulary, (16, 4))
+    shapes: list[int] = []
+    probe = Probe(model, Partition([Unit("u", "layer", "1", (Slice("1.weight"),))], model))
+    spectra = probe.measure(x)
+    expected = mntk(model, x, probe.part, forward=lambda m, b: m(b).clone())
+    assert torch.allclose(spectra.eigenvalues, expected.eigenvalues, rtol=1e-4, atol=1e-6)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(t.shape[-1]) or t, lambda t: t
+    ):
+        handle = model[2].register_forward_hook(lambda m, a, y: shapes.append(y.shape[-1]))
+        probe.measure(x)
+        handle.remove()
+    assert vocabulary not in shapes
+    assert 1 in shapes
+
+
+def test_cost_is_the_flops_of_the_weight_gradient() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8))
+    part = Partition(
+        [Unit("a", "ffn", "0", (Slice("0.weight", 0, 0, 4), Slice("0.bias", 0, 0, 4)))], model
+    )
+    spectra = mntk(model, torch.randn(5, 3, 6), part)
+    assert spectra.cost.tolist() == [2 * 3 * 4 * 6]
+
+
+def test_nan_in_one_unit_is_reported_as_nan_there() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    part = parameter_units(model)
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    spectra = mntk(model, torch.randn(4, 3), part)
+    assert spectra.finite.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "logits"}, "output must be one of"),
+        ({"precision": "int8"}, "precision must be one of"),
+        ({"memory": -1}, "memory must be"),
+        ({"forward": lambda m, b: m(b).sum()}, "samples in dimension 0"),
+        ({"forward": lambda m, b: "text"}, "no logits were found"),
+        ({"output": lambda m, b: m(b)}, "one scalar per sample"),
+        ({"output": "loss"}, "found no targets"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=message):
+        mntk(model, torch.randn(4, 3), parameter_units(model), **change)
+
+
+def test_bad_batches_are_named() -> None:
+    model = nn.Linear(3, 3)
+    part = parameter_units(model)
+    with pytest.raises(ValueError, match="n_samples must be ≥ 2, got 1"):
+        mntk(model, torch.randn(1, 3), part)
+    with pytest.raises(ValueError, match="no tensor with samples"):
+        mntk(model, ["a", "b"], part)
+    with pytest.raises(ValueError, match=r"\[2, 4\] samples"):
+        mntk(model, (torch.randn(4, 3), torch.randn(2, 3)), part)
+    with pytest.raises(ValueError, match="is an argument of"):
+        mntk(model, {"image": torch.randn(4, 3)}, part)
+
+
+class Mixing(nn.Module):
+    """Normalises over the batch, which leaves no per-sample gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.below(x)
+        h = (h - h.mean(0)) / h.std(0)
+        return self.above(h.square())
+
+
+def test_layers_that_mix_samples_are_named() -> None:
+    model = Mixing()
+    x = torch.randn(6, 3)
+    with pytest.raises(ValueError, match="layer 'below'.*mixes the samples"):
+        mntk(model, x, parameter_units(model))
+    norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="layer '1'.*track_running_stats"):
+        mntk(norm, x, parameter_units(norm))
+
+
+class Oddity(nn.Module):
+    """A layer without a rule whose output is the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale * x.shape[0]
+
+
+def test_fallback_refuses_a_layer_that_counts_its_samples() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Oddity())
+    with pytest.raises(ValueError, match="layer '1' .Oddity. has no rule.*something else"):
+        mntk(model, torch.randn(4, 3), parameter_units(model))
+
+
+def test_out_of_memory_halves_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make("tokens")
+    part = parameter_units(case.model)
+    expected = mntk(case.model, case.batch, part)
+    sizes: list[int] = []
+
+    def tight(model: nn.Module, batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("injected")
+        return model(batch)
+
+    found = mntk(case.model, case.batch, part, forward=tight)
+    assert max(sizes) == 4
+    assert sizes[-2:] == [2, 2]
+    assert torch.allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-9)
+
+    def full(model: nn.Module, batch: Tensor) -> Tensor:
+        if len(sizes) > 20 or len(batch) != 2:
+            raise torch.OutOfMemoryError("injected")
+        return model(batch)
+
+    with pytest.raises(RuntimeError, match="lower n_samples"):
+        mntk(case.model, case.batch, part, forward=full)
