@@ -10,8 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+
+from setuptools import Extension
 
 ROOT = Path(__file__).resolve().parent.parent
 # Compute capabilities compiled for without TORCH_CUDA_ARCH_LIST, as far as the compiler knows them.
@@ -100,10 +104,8 @@ def make_plan(torch_cuda: str | None, environ: dict[str, str]) -> Plan:
         if fitting:
             return _cuda_plan(fitting[0], torch_cuda, environ)
         found = ", ".join(f"{t.release} in {t.home}" for t in toolkits) or "none"
-        plan = Plan(
-            False,
-            f"torch is built for CUDA {torch_cuda} and nvcc {major}.x was not found ({found})",
-        )
+        reason = f"torch is built for CUDA {torch_cuda}, but no nvcc {major}.x was found ({found})"
+        plan = Plan(False, reason)
         remedy = f"install the CUDA {major} toolkit and name its folder in CUDA_HOME"
     if mode == "1":
         raise SystemExit(f"LIGHTNING_MAT_CUDA=1, but {plan.reason}: {remedy}")
@@ -128,18 +130,15 @@ def build_header(plan: Plan, version: str, torch_version: str) -> str:
         "CUDA": plan.toolkit.release if plan.toolkit else "",
         "ARCH_LIST": plan.arch_list,
     }
-    lines = [f"#define LIGHTNING_MAT_BUILD_{k} {json.dumps(v)}" for k, v in values.items()]
-    return "\n".join(
-        ["#pragma once", *lines, "#define LIGHTNING_MAT_BUILD_COMPILER __VERSION__", ""]
-    )
+    lines = [f"#define LIGHTNING_MAT_BUILD_{k} {json.dumps(v)}\n" for k, v in values.items()]
+    compiler = '#define LIGHTNING_MAT_BUILD_COMPILER "c++ " __VERSION__\n'
+    return "".join(["#pragma once\n", *lines, compiler])
 
 
 def configure() -> dict[str, object]:
     """Return setup()'s arguments for the extension; none where torch is missing (archives)."""
     if importlib.util.find_spec("torch") is None:
-        if any(
-            command in sys.argv for command in ("build_ext", "bdist_wheel", "install", "develop")
-        ):
+        if {"build_ext", "bdist_wheel", "editable_wheel", "install"} & set(sys.argv):
             raise SystemExit("torch is needed to compile lightning_mat: pip install 'torch>=2.10'")
         return {}
     # Importing torch is enough to know its CUDA release; CUDA_HOME has to be right before
@@ -163,9 +162,8 @@ def configure() -> dict[str, object]:
             for extension in self.extensions:
                 extension.include_dirs.insert(0, str(folder))
             what = f"C++ and CUDA ({plan.arch_list})" if plan.cuda else "C++ only"
-            print(
-                f"lightning_mat: compiling {what} against torch {torch.__version__}: {plan.reason}"
-            )
+            print(f"lightning_mat: compiling {what} against torch {torch.__version__}")
+            print(f"lightning_mat: because {plan.reason}", flush=True)
             super().build_extensions()
 
     return {
@@ -174,10 +172,12 @@ def configure() -> dict[str, object]:
     }
 
 
-def _extension(cpp_extension: object, plan: Plan) -> object:
+def _extension(cpp_extension: ModuleType, plan: Plan) -> Extension:
     kind = cpp_extension.CUDAExtension if plan.cuda else cpp_extension.CppExtension
-    # As system headers, torch's own do not count for our warnings.
-    headers = cpp_extension.include_paths()
+    # Others' headers are system headers, so that only our own sources' warnings count.
+    headers = [*_pybind11_headers(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
+    if plan.toolkit:
+        headers.append(str(plan.toolkit.home / "include"))
     system = [flag for path in headers for flag in ("-isystem", path)]
     flags = {"cxx": [*HOST_FLAGS, *system]}
     if plan.cuda:
@@ -185,10 +185,9 @@ def _extension(cpp_extension: object, plan: Plan) -> object:
     return kind(
         "lightning_mat._C",
         [*CPU_SOURCES, *(CUDA_SOURCES if plan.cuda else ())],
-        include_dirs=_pybind11_headers(),
         define_macros=[("LIGHTNING_MAT_WITH_CUDA", "1")] if plan.cuda else [],
         extra_compile_args=flags,
-        depends=[str(p) for p in sorted((ROOT / "csrc").rglob("*.h"))],
+        depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.h"))],
     )
 
 

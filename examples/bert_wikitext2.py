@@ -97,7 +97,7 @@ def _read(args: argparse.Namespace) -> MaskedText:
 
 def _prepare(args: argparse.Namespace, text: MaskedText) -> Path:
     """Return the output folder: new, emptied or to be resumed, never another run's by accident."""
-    out: Path = args.out or Path("runs", f"bert-{args.preset}-{text.name}")
+    out: Path = args.out or Path("runs", f"bert-{args.preset}-{text.source}")
     record = out / "settings.json"
     now = {**settings(args), "corpus": text.describe()}
     if record.is_file() and args.resume:
@@ -183,7 +183,7 @@ def _train(method: str, args: argparse.Namespace, text: MaskedText, folder: Path
     tested = trainer.test(module, datamodule=text, verbose=False)
     if isinstance(special, FullStepCost):
         cost = special.flops or 0
-        measured = {"flops": cost * trainer.global_step, "full_step_flops": cost}
+        measured: dict[str, Any] = {"flops": cost * trainer.global_step, "full_step_flops": cost}
         measured |= {"probe_flops": 0, "probe_seconds": 0.0, "probes": 0, "trained_share": 1.0}
     else:
         measured = {**special.summary()}
@@ -227,7 +227,9 @@ def _explain(method: str, args: argparse.Namespace) -> str:
 
 def _report(rows: Sequence[Row], args: argparse.Namespace, text: MaskedText, out: Path) -> None:
     """Print the table; write the result and the picture, and say where they are."""
-    print(f"\nBERT-{args.preset} on {text.name}, {args.max_steps} steps; loss is log perplexity\n")
+    print(
+        f"\nBERT-{args.preset} on {text.source}, {args.max_steps} steps; loss is log perplexity\n"
+    )
     print(table(rows))
     for line in _verdict(rows):
         print(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,8 @@ class MATCallback(Callback):
             seed=self.seed,
             **self._engine_options,
         )
+        if isinstance(self.policy, MATPolicy):
+            self.policy.check_kinds(self.mat.part.kinds)
         trainer.strategy.optimizers = list(self.mat.optimizers)
         log.info("MAT trains these units adaptively:\n%s", self.mat.part.describe())
 
@@ -204,6 +206,8 @@ class MATCallback(Callback):
         folder = trainer.log_dir or trainer.default_root_dir
         path = Path(folder) / "mat" / "spectra.npz"
         self._store = SpectraStore(path, keep_eigenvalues=self.keep_eigenvalues)
+        if trainer.global_step:
+            self._try_to_write(lambda store: store.truncate(trainer.global_step))
 
     def on_train_batch_start(
         self,
@@ -346,13 +350,19 @@ class MATCallback(Callback):
         return trainer.strategy.batch_to_device(batch)
 
     def _keep(self, mat: MAT, seconds: float, trainer: pl.Trainer) -> None:
-        """Append the probe to the run's file; a full disk costs one warning, not the run."""
-        if self._store is None or mat.spectra is None or not trainer.is_global_zero:
+        """Append the probe to the run's file."""
+        if mat.spectra is None or not trainer.is_global_zero:
             return
         step, epoch = trainer.global_step, trainer.current_epoch
         probe = Probe(mat.spectra, mat.decision, mat.table(), step, epoch, seconds)
+        self._try_to_write(lambda store: store.append(probe))
+
+    def _try_to_write(self, write: Callable[[SpectraStore], None]) -> None:
+        """Write the run's file; a full disk costs one warning, not the run."""
+        if self._store is None:
+            return
         try:
-            self._store.append(probe)
+            write(self._store)
         except OSError as error:
             warnings.warn(
                 f"cannot write the spectra to {self._store.path} ({error}): training goes on "

@@ -26,6 +26,7 @@ class FlopCount:
     """What was counted; grows while :func:`count` is open."""
 
     def __init__(self, mode: FlopCounterMode) -> None:
+        """Read from a counter."""
         self._mode = mode
 
     @property
@@ -40,6 +41,18 @@ class FlopCount:
         return {str(operation): int(flops) for operation, flops in counts.items()}
 
 
+class _NoModules:
+    """In place of the tracker of modules, whose global hooks compiled models warn about."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+
 class _Eager:
     """Compiled models run eagerly while any count is open: compiled kernels have no formulas.
 
@@ -48,10 +61,12 @@ class _Eager:
     """
 
     def __init__(self) -> None:
+        """Start with no count open."""
         self.open = 0
         self.stance: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> None:
+        """Force eager if this is the first count, or the first since something was compiled."""
         self.open += 1
         # Without Dynamo nothing is compiled, and importing it takes a second.
         if self.stance is None and "torch._dynamo" in sys.modules:
@@ -59,6 +74,7 @@ class _Eager:
             self.stance.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        """Let compiled models run compiled again after the last count."""
         self.open -= 1
         if self.open == 0 and self.stance is not None:
             stance, self.stance = self.stance, None
@@ -85,11 +101,12 @@ def count() -> Iterator[FlopCount]:
         120
     """
     mode = FlopCounterMode(display=False)
+    mode.mod_tracker = _NoModules()  # type: ignore[assignment]
     with _eager, mode:
         yield FlopCount(mode)
 
 
-def register(operation: Any, formula: Callable[..., int]) -> None:
+def register(operation: object, formula: Callable[..., int]) -> None:
     """Register the FLOPs of an operation; a formula that PyTorch or somebody else has, stays.
 
     Args:
@@ -118,8 +135,8 @@ def paper_flops(forward: float, trained_share: float) -> float:
         ValueError: If the share is outside [0, 1].
 
     Source:
-        The MAT paper (Shi et al., NeurIPS 2023), appendix B: FLOPs of the backward pass as twice
-        those of the forward pass.
+        The MAT paper (Shi et al., NeurIPS 2023), implementation details: the backward pass is
+        estimated as twice the forward pass.
 
     Example:
         >>> paper_flops(100.0, 0.25)

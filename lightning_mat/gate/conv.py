@@ -57,7 +57,13 @@ class PartialConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: ConvPlan) -> Tensor:
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: ConvPlan,
+    ) -> Tensor:
         """Return the layer's output, bit by bit what the plain layer returns.
 
         Args:
@@ -82,7 +88,7 @@ class PartialConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of input, weight and bias."""
         plan: ConvPlan = ctx.plan
         kept, weight = ctx.saved_tensors

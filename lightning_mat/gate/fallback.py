@@ -39,6 +39,7 @@ class ClearResting:
     """
 
     def __init__(self, name: str, blocks: Sequence[Block], rows: int, columns: int) -> None:
+        """Find out what rests."""
         self.name = name
         self.shape = (rows, columns)
         self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
@@ -80,6 +81,7 @@ class DropGradient:
     """
 
     def __init__(self, name: str) -> None:
+        """Remember the name."""
         self.name = name
 
     def __call__(self, param: Tensor) -> None:

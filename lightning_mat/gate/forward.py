@@ -25,10 +25,10 @@ class GatedForward:
     Args:
         module: The module.
         rests: Its parameters of which something rests, by (dotted) name.
-        run: What to call; :meth:`install` must have been called before.
     """
 
     def __init__(self, module: nn.Module, rests: Mapping[str, Rest]) -> None:
+        """Remember the module's own forward."""
         self.module = module
         self.before: Forward | None = module.__dict__.get("forward")
         self.plain: Forward = self.before or MethodType(type(module).forward, module)
@@ -52,7 +52,7 @@ class GatedForward:
         else:
             self.module.__dict__["forward"] = self.before
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Return the module's output; its backward skips what rests."""
         if (
             self.run is None
@@ -93,7 +93,7 @@ def detaching(gated: GatedForward, rests: Mapping[str, Rest]) -> Forward:
     """
     names = [_holder(gated.module, name) for name, rest in rests.items() if rest.whole]
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         held = [params[name] for params, name in names]
         try:
             for (params, name), param in zip(names, held, strict=True):

@@ -61,6 +61,7 @@ class Gate:
     """
 
     def __init__(self, model: nn.Module, part: Partition, skip: str = "weights") -> None:
+        """Find the modules that hold what the units own; nothing changes before :meth:`apply`."""
         if skip not in SKIPS:
             choices = ", ".join(repr(choice) for choice in SKIPS)
             raise ValueError(f"skip must be one of {choices}, got {skip!r}")

@@ -52,7 +52,11 @@ class PartialLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: LinearPlan,
     ) -> Tensor:
         """Return the layer's output, bit by bit what the plain layer returns.
 
@@ -77,7 +81,7 @@ class PartialLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of input, weight and bias."""
         plan: LinearPlan = ctx.plan
         kept, weight = ctx.saved_tensors

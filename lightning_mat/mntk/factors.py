@@ -216,18 +216,42 @@ def add_uses(uses: Sequence[Factor]) -> Factor:
     return Sum(uses)
 
 
+class StackedOuter(Stacked):
+    """Micro-batches of outer products, which are formed side by side without copying inputs."""
+
+    def __init__(self, parts: Sequence[Outer]) -> None:
+        super().__init__(parts)
+        self.outers = parts
+        self.tokens = max(part.tokens for part in parts)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows ``[start, stop)``."""
+        out = self.outers[0].a.new_empty(self.samples, stop - start, self.columns)
+        first = 0
+        for part in self.outers:
+            rows = part.b[:, :, start:stop].transpose(1, 2)
+            torch.bmm(rows, part.a, out=out[first : first + part.samples])
+            first += part.samples
+        return out
+
+    def transposed(self) -> StackedOuter:
+        """Return the transposed micro-batches."""
+        return StackedOuter([part.transposed() for part in self.outers])
+
+    def token_form(self) -> Outer:
+        """Return the inputs and output gradients of all tokens, padded to one length."""
+        return Outer(
+            torch.cat([_pad_tokens(part.a, self.tokens) for part in self.outers]),
+            torch.cat([_pad_tokens(part.b, self.tokens) for part in self.outers]),
+        )
+
+
 def stack_samples(parts: Sequence[Factor]) -> Factor:
     """Return one factor for the micro-batches of a parameter."""
     if len(parts) == 1:
         return parts[0]
     outers = [part for part in parts if type(part) is Outer]
-    if len(outers) == len(parts):
-        longest = max(part.tokens for part in outers)
-        return Outer(
-            torch.cat([_pad_tokens(part.a, longest) for part in outers]),
-            torch.cat([_pad_tokens(part.b, longest) for part in outers]),
-        )
-    return Stacked(parts)
+    return StackedOuter(outers) if len(outers) == len(parts) else Stacked(parts)
 
 
 def _pad_tokens(values: Tensor, tokens: int) -> Tensor:

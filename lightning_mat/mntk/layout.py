@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 
+_PROJECTIONS = 4
+
 # Rows whose gradient is smaller than this share of the largest row's are not judged.
 _NOISE = 1e-4
 
@@ -86,12 +88,31 @@ class Ragged:
         return out
 
 
+def sketch(grad: Tensor, row_dims: int) -> Tensor:
+    """Return a few random projections of every row, which are enough to recognise its weight.
+
+    Args:
+        grad: Gradient, shape ``[*rows, *item]``.
+        row_dims: How many leading dimensions index rows.
+
+    Returns:
+        Shape ``[*rows, k]`` with k ≤ 4, float64.
+    """
+    rows = grad.detach().reshape(*grad.shape[:row_dims], prod(grad.shape[row_dims:]))
+    width = rows.shape[-1]
+    if width <= _PROJECTIONS:
+        return rows.double()
+    generator = torch.Generator().manual_seed(width)
+    directions = torch.randn(width, _PROJECTIONS, generator=generator)
+    return (rows @ directions.to(rows)).double()
+
+
 def row_ids(plain: Tensor, weighted: Tensor, row_dims: int, samples: int) -> Tensor:
     """Return the sample of each row from its gradients under weights 1 and under ``s + 1``.
 
     Args:
-        plain: Gradient of Σ_s z_s, shape ``[*rows, *item]``.
-        weighted: Gradient of Σ_s (s + 1) z_s, same shape.
+        plain: Gradient of Σ_s z_s, or its :func:`sketch`, shape ``[*rows, *item]``.
+        weighted: The same of Σ_s (s + 1) z_s.
         row_dims: How many leading dimensions index rows.
         samples: S.
 

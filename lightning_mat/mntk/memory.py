@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +26,14 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self.total = 0
         super().__init__(self._pack, lambda tensor: tensor)
 
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count more tensors that a step keeps; those that share memory count once."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.seen:
+                self.seen.add(storage.data_ptr())
+                self.total += storage.nbytes()
+
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
+        self.add([tensor])
         return tensor

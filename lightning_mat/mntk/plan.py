@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_WORKSPACE = 64 << 20
-MIN_WORKSPACE = 1 << 20
+MIN_WORKSPACE = 256 << 10
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_mat.mntk import ops
 from lightning_mat.mntk.collect import Collector
 from lightning_mat.mntk.head import collapsed, same_scalars, watching_outputs
-from lightning_mat.mntk.layout import CrossSampleError, Layout, find_layout, row_ids
+from lightning_mat.mntk.layout import CrossSampleError, Layout, find_layout, row_ids, sketch
 from lightning_mat.mntk.memory import SavedBytes, is_out_of_memory
 from lightning_mat.mntk.outputs import (
     Forward,
@@ -205,13 +205,20 @@ class Probe:
         samples: int,
     ) -> None:
         """Learn the samples of routed rows from a second backward pass with weights s + 1."""
-        plain = {call.key: dict(call.grads) for call in waiting}
-        routed = {id(call) for call in waiting}
-        tape.arrived = lambda call: None if id(call) in routed else call.grads.clear()
+        routed = {id(call): call.grads.pop(0) for call in waiting if call.rule is not None}
+        weighted: dict[int, Tensor] = {}
+
+        def arrived(call: Call) -> None:
+            grad = call.grads.popitem()[1]
+            if id(call) in routed:
+                weighted[id(call)] = sketch(grad, call.row_dims(grad))
+
+        tape.arrived = arrived
         tape.backward(scalars, torch.arange(1, samples + 1, device=scalars.device))
         for call in [call for call in waiting if call.rule is not None]:
-            first = plain[call.key][0]
-            ids = _ids(call, first, call.grads[0], samples)
+            first = routed.pop(id(call))
+            plain = sketch(first, call.row_dims(first))
+            ids = _ids(call, plain, weighted[id(call)], samples)
             call.grads = {0: first}
             collector.add_routed(call, ids.flatten(), samples)
 
@@ -267,10 +274,15 @@ class Probe:
     def _look(self, batch: Any) -> None:
         """Learn layouts, memory and the head from two samples."""
         samples = count_samples(batch)
-        seen: dict[tuple[str, int], list[dict[int, Tensor]]] = {}
+        sketches: dict[int, list[Tensor]] = {}
+        held = dict.fromkeys(self.modules, 0)
 
         def arrived(call: Call) -> None:
-            seen.setdefault(call.key, [])
+            grad = call.grads.popitem()[1]
+            found = sketches.setdefault(id(call), [])
+            if not found or found[0].shape[:-1] == grad.shape[: call.row_dims(grad)]:
+                found.append(sketch(grad, call.row_dims(grad)))
+            held[call.site.split(":")[0]] += grad.numel() * grad.element_size()
 
         tape = Tape(self.modules, self.names, arrived, samples)
         saved = SavedBytes(self.model)
@@ -280,29 +292,27 @@ class Probe:
             head_of = stack.enter_context(watching_outputs(self.model))
             stack.enter_context(tape.recording())
             scalars, head = self._look_forward(batch, samples, head_of)
+        saved.add(call.x for call in tape.calls if isinstance(call.x, Tensor))
+        weights = torch.arange(1, samples + 1, device=scalars.device)
         tape.backward(scalars, keep=True)
-        plain = {call.key: dict(call.grads) for call in tape.calls}
-        tape.backward(scalars, torch.arange(1, samples + 1, device=scalars.device))
+        captured = {name: count // samples for name, count in held.items()}
+        plain = {key: found[0] for key, found in sketches.items()}
+        sketches.clear()
+        tape.backward(scalars, weights)
         layouts: Layouts = {}
-        captured = dict.fromkeys(self.modules, 0)
         for call in tape.calls:
-            if not call.grads:
-                continue
-            leaf = min(call.grads)
-            first = plain[call.key][leaf]
-            ids = _ids(call, first, call.grads[leaf], samples)
-            layouts[call.key] = find_layout(ids, samples)
-            captured[call.site.split(":")[0]] += _call_bytes(call) // samples
+            if id(call) in plain:
+                ids = _ids(call, plain[id(call)], sketches[id(call)][0], samples)
+                layouts[call.key] = find_layout(ids, samples)
+            if isinstance(call.x, Tensor):
+                each = call.x.numel() * call.x.element_size() // samples
+                captured[call.site.split(":")[0]] += each
         self._routed = any(layout is None for layout in layouts.values())
         self._captured = {
             layers: sum(captured[layer] for layer in layers)
             for layers in linked_modules(self.modules, self.names)
         }
-        self._activations = saved.total // samples + sum(
-            call.x.numel() * call.x.element_size() // samples
-            for call in tape.calls
-            if isinstance(call.x, Tensor) and call.x.untyped_storage().data_ptr() not in saved.seen
-        )
+        self._activations = saved.total // samples
         self._layouts = layouts
         self._head = self._try_head(batch, samples, head, scalars.detach())
 
@@ -401,8 +411,9 @@ def mntk(
 
 
 def _ids(call: Call, plain: Tensor, weighted: Tensor, samples: int) -> Tensor:
+    """Return the sample of every row of a call from the sketches of its gradients."""
     try:
-        return row_ids(plain, weighted, call.row_dims(plain), samples)
+        return row_ids(plain, weighted, plain.dim() - 1, samples)
     except CrossSampleError as error:
         raise ValueError(
             f"layer {call.site!r} ({type(call.module).__name__}) has no per-sample gradient: "
@@ -414,9 +425,3 @@ def _ids(call: Call, plain: Tensor, weighted: Tensor, samples: int) -> Tensor:
 def _images(call: Call) -> bool:
     """Return whether a call works on images, whose rows are samples and are never routed."""
     return call.x.dim() > 2
-
-
-def _call_bytes(call: Call) -> int:
-    tensors = [call.x, *call.grads.values()]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-

@@ -78,6 +78,7 @@ class MATOptimizer(Optimizer):
     _step_supports_amp_scaling = False
 
     def __init__(self, inner: Optimizer, model: nn.Module, part: Partition) -> None:
+        """Check the optimizer against model and partition, and hook into it."""
         # The base class's __init__ is not called: groups, state and hooks are the inner's.
         _check_inner(inner)
         shapes = {name: param.shape for name, param in model.named_parameters()}
@@ -202,7 +203,7 @@ class MATOptimizer(Optimizer):
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         """Return the inner optimizer's attribute."""
-        if "inner" not in self.__dict__:  # while unpickling
+        if "inner" not in self.__dict__:  # before __init__ or __setstate__
             raise AttributeError(name)
         return getattr(self.inner, name)
 
@@ -216,13 +217,16 @@ class MATOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         """Return the number of training units and the inner optimizer."""
-        return f"MATOptimizer({sum(self._slicer.active)} of {len(self.part)} units train, {self.inner!r})"
+        training = f"{sum(self._slicer.active)} of {len(self.part)} units train"
+        return f"MATOptimizer({training}, {self.inner!r})"
 
 
 def _check_inner(inner: Optimizer) -> None:
     name = type(inner).__name__
-    if isinstance(inner, MATOptimizer):
-        raise TypeError("the optimizer is a MATOptimizer already: wrap it once")
+    if isinstance(inner, MATOptimizer) or Slicer.is_attached_to(inner):
+        raise TypeError(
+            f"this {name} is in a MATOptimizer already: use that one, or unwrap() it first"
+        )
     # A subclass is as elementwise as its base where it does not bring its own step.
     step = inspect.unwrap(type(inner).step)
     if not any(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,47 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mat.optim.pieces import Piece, pieces_of
-from lightning_mat.optim.slabs import (
-    History,
-    Slab,
-    boxes_of,
-    history_of,
-    is_elementwise,
-    latest,
-    slabs_of,
-)
+from lightning_mat.optim.cohort import Cohort, settle_scalars
+from lightning_mat.optim.pieces import Piece
+from lightning_mat.optim.slabs import History, Slab, history_of, latest, slabs_of
 from lightning_mat.units.core import Partition
-
-
-@dataclass
-class Cohort:
-    """Slabs of one parameter that train and share a history, and the pieces they are stepped as."""
-
-    slabs: list[int]
-    pieces: list[Piece]
 
 
 @dataclass
 class GroupPlan:
     """What one parameter group steps: whole parameters, and cohorts of sliced ones."""
 
-    params: Sequence[Tensor]
+    size: int
     whole: list[Tensor] = field(default_factory=list)
     sliced: list[tuple[Tensor, list[Cohort]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.size = len(self.params)
 
 
 class Slicer:
     """Makes every step of an optimizer a step of the slabs that train.
 
-    While the optimizer steps, its parameter groups hold, in place of each sliced parameter, *pieces*
-    of it: views of runs of training slabs with equal histories (or packed copies, where views would
-    be slow or unsafe). The optimizer's own code does the arithmetic. Between steps the groups hold
-    the parameters. What was learnt about pieces (moments, step counts) goes back to the parameters'
-    own state whenever somebody looks, through :meth:`settle`.
+    While the optimizer steps, its parameter groups hold, in place of each sliced parameter,
+    *pieces* of it: views of runs of training slabs with equal histories (or packed copies, where
+    views would be slow or unsafe). The optimizer's own code does the arithmetic. Between steps the
+    groups hold the parameters. What the optimizer learnt about pieces (moments, step counts) goes
+    to the parameters' own state whenever somebody looks, through :meth:`settle`.
 
     Args:
         inner: The optimizer.
@@ -59,6 +41,7 @@ class Slicer:
     """
 
     def __init__(self, inner: Optimizer, model: nn.Module, part: Partition) -> None:
+        """Find the slabs, and hook into the optimizer."""
         params = dict(model.named_parameters())
         self.inner = inner
         self.part = part
@@ -84,6 +67,12 @@ class Slicer:
         ]
         # First, so that everybody else's hooks see the parameters.
         self.inner._optimizer_step_post_hooks.move_to_end(self._hooks[1].id, last=False)  # type: ignore[attr-defined]
+
+    @classmethod
+    def is_attached_to(cls, inner: Optimizer) -> bool:
+        """Return whether an optimizer is sliced already."""
+        hooks = inner._optimizer_step_pre_hooks.values()
+        return any(isinstance(getattr(hook, "__self__", None), cls) for hook in hooks)
 
     def detach(self) -> None:
         """Leave an ordinary optimizer with up-to-date state."""
@@ -131,14 +120,14 @@ class Slicer:
         """Return what trains of a parameter; None stands for all of it as one."""
         slabs = self.slabs[param]
         on = [i for i, s in enumerate(slabs) if s.unit is None or self.active[s.unit]]
-        if len(slabs) == 1:
+        if len(slabs) == 1 or not on:
             return None if on else []
         histories = self._histories_of(param)
         if len(on) == len(slabs) and len(set(histories)) == 1:
             self.histories.pop(param, None)
             return None
         self.histories[param] = histories
-        if on and type(param.data) is not Tensor:
+        if type(param.data) is not Tensor:
             raise TypeError(
                 f"parameter {self.names[param]!r} is a {type(param.data).__name__}, of which no "
                 "slab can be stepped on its own: let its units own whole parameters"
@@ -146,30 +135,20 @@ class Slicer:
         alike: dict[History, list[int]] = {}
         for index in on:
             alike.setdefault(histories[index], []).append(index)
-        return [self._cohort(param, members, h, fused=fused) for h, members in alike.items()]
-
-    def _cohort(self, param: Tensor, members: list[int], history: History, *, fused: bool) -> Cohort:
-        scalars = dict(history)
-        state = {k: v for k, v in self.inner.state.get(param, {}).items() if k in scalars}
-        elementwise = [v for v in state.values() if is_elementwise(v, param.shape)]
-        rects = [rect for index in members for rect in self.slabs[param][index].rects]
-        pieces = pieces_of(
-            boxes_of(rects, param.shape),
-            [param.detach(), *elementwise],
-            list_kernels=fused or param.device.type != "cpu",
-        )
-        for piece in pieces:
-            for key, value in state.items():
-                if is_elementwise(value, param.shape):
-                    piece.state[key] = piece.take(value)
-                elif isinstance(value, Tensor):
-                    piece.state[key] = torch.full_like(value, scalars[key])
-                else:
-                    piece.state[key] = type(value)(scalars[key])
-        return Cohort(members, pieces)
+        return [
+            Cohort(
+                param,
+                slabs,
+                members,
+                history,
+                self.inner.state.get(param, {}),
+                list_kernels=fused or param.device.type != "cpu",
+            )
+            for history, members in alike.items()
+        ]
 
     def _plan_group(self, group: dict[str, Any]) -> GroupPlan:
-        plan = GroupPlan(group["params"])
+        plan = GroupPlan(len(group["params"]))
         for param in group["params"]:
             sliced = param in self.slabs
             cohorts = self._cohorts(param, fused=bool(group.get("fused"))) if sliced else None
@@ -289,30 +268,11 @@ class Slicer:
         plans, self._plan = self._plan or [], None
         for plan in plans:
             for param, cohorts in plan.sliced:
+                histories = self.histories[param]
                 for cohort in cohorts:
-                    self._settle_cohort(param, cohort)
-                self._settle_scalars(param)
-
-    def _settle_cohort(self, param: Tensor, cohort: Cohort) -> None:
-        for piece in cohort.pieces:
-            for key, value in piece.state.items():
-                if is_elementwise(value, piece.shape):
-                    state = self.inner.state[param]
-                    if state.get(key) is None:
-                        state[key] = torch.zeros_like(param, dtype=value.dtype, device=value.device)
-                    piece.put(state[key], value)
-                elif value is not None:
-                    self.inner.state[param].setdefault(key, value)
-        history = history_of(cohort.pieces[0].state, cohort.pieces[0].shape)
-        for index in cohort.slabs:
-            self.histories[param][index] = history
-
-    def _settle_scalars(self, param: Tensor) -> None:
-        """Give the parameter the scalars of its slab with the most steps."""
-        state = self.inner.state.get(param, {})
-        for key, number in latest(self.histories[param]):
-            value = state[key]
-            if not isinstance(value, Tensor):
-                state[key] = type(value)(number)
-            elif not is_elementwise(value, param.shape):
-                value.fill_(number)
+                    history = cohort.history
+                    if history:
+                        cohort.settle(param, self.inner.state[param])
+                    for index in cohort.members:
+                        histories[index] = history
+                settle_scalars(param.shape, self.inner.state.get(param, {}), latest(histories))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -211,7 +212,7 @@ class MAT:
 
 def _check_alpha(alpha: object, of_kind: str) -> None:
     """Raise unless alpha is "auto" or a number in (0, 1)."""
-    number = isinstance(alpha, int | float) and 0 < alpha < 1
+    number = isinstance(alpha, Real) and 0 < float(alpha) < 1
     if not number and alpha != AUTO:
         raise ValueError(
             f'alpha{of_kind} must be in (0, 1) or "auto", got {alpha!r}: it places the threshold '
@@ -221,7 +222,7 @@ def _check_alpha(alpha: object, of_kind: str) -> None:
 
 def _check_beta(beta: object, of_kind: str) -> None:
     """Raise unless beta is a finite number ≥ 0."""
-    if not (isinstance(beta, int | float) and math.isfinite(beta) and beta >= 0):
+    if not (isinstance(beta, Real) and math.isfinite(beta) and float(beta) >= 0):
         raise ValueError(
             f"beta{of_kind} must be a finite number ≥ 0, got {beta!r}: it is the relative change "
             "of λ_max below which a unit rests, e.g. 1e-3; 0 switches the temporal policy off"

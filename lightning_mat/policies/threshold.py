@@ -37,8 +37,8 @@ def eigenvalue_threshold(
         25.0
     """
     low, high = min(lambda_min), max(lambda_max)
-    # The sum may round above its exact value, and so above the largest eigenvalue itself.
-    return min(low + (high - low) * alpha, high)
+    # Rounding keeps the promise: α < 1 rounds the product to at most the exact difference.
+    return low + (high - low) * alpha
 
 
 def gap_threshold(lambda_max: Sequence[float]) -> float:

@@ -60,7 +60,7 @@ def report(run_dir: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: If no run is found.
         ValueError: If several runs are found, the file is damaged, or holds no probe.
-        ImportError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
         OSError: If the page cannot be written.
     """
     source = find_spectra(run_dir)

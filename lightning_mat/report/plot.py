@@ -46,7 +46,7 @@ def lambda_max_plot(data: SpectraData, path: str | Path) -> Path:
         The file's path.
 
     Raises:
-        ImportError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If there is no probe.
         OSError: If the file cannot be written.
     """
@@ -64,7 +64,7 @@ def active_map(data: SpectraData, path: str | Path) -> Path:
         The file's path.
 
     Raises:
-        ImportError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If there is no probe.
         OSError: If the file cannot be written.
     """
@@ -193,7 +193,7 @@ def _panels(data: SpectraData, heights: list[float], title: str) -> tuple[Figure
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
+        raise ModuleNotFoundError(
             'pictures need matplotlib: pip install "lightning-mat[report]"'
         ) from error
     figure = Figure(figsize=(9.0, sum(heights) + 0.9), dpi=130, layout="constrained")

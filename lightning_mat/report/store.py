@@ -243,15 +243,10 @@ def _joined(stored: dict[str, NDArray[Any]], row: dict[str, NDArray[Any]]) -> di
 def _before(arrays: dict[str, NDArray[Any]], step: int) -> dict[str, NDArray[Any]]:
     """Return the arrays without the probes of steps at or after ``step``."""
     count = int(np.searchsorted(arrays["step"], step))
-    kept = {**arrays, **{k: arrays[k][:count] for k in _PER_PROBE}}
-    # Number the reasons by first appearance again: the file is that of a run that stopped here.
-    used = list(dict.fromkeys(kept["reason"].ravel().tolist()))
-    if used:
-        codes = np.zeros(len(arrays["reason_names"]), dtype=np.uint16)
-        codes[used] = np.arange(len(used), dtype=np.uint16)
-        kept["reason"] = codes[kept["reason"]]
-    kept["reason_names"] = _strings(arrays["reason_names"][used].tolist() if used else [])
-    return kept
+    kept = {k: arrays[k][:count] for k in _PER_PROBE}
+    # Reasons are numbered as they first appear, so those of later probes are the last ones.
+    used = int(kept["reason"].max()) + 1 if count else 0
+    return {**arrays, **kept, "reason_names": _strings(arrays["reason_names"][:used].tolist())}
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:

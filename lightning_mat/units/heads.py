@@ -3,7 +3,8 @@
 Head i of H owns what no other head's output depends on: its rows of the query, key and value
 projections with their biases, and its columns of the output projection. The bias of the output
 projection is shared by all heads and belongs to the remainder, as do norms inside the head and
-relative position biases.
+relative position biases. Where a model couples its heads by what they share (a norm over all
+queries in OLMo 2, talking heads in CaiT), the units are cut in the same way.
 
 With grouped-query attention, the H query heads share G < H key-value heads. Training one query head
 alone is then not possible without training the keys and values of its neighbours, so a unit is
@@ -101,8 +102,8 @@ class Heads:
         if not suspects:
             return ""
         return (
-            f"these modules look like attention, but either the names of their projections or a "
-            f"head count are not recognised: "
+            f"these modules look like attention, but their projections or their head count have "
+            f"unknown names: "
             f"{'; '.join(suspects[:3])}: call register_attention(AttentionPattern(...))"
         )
 

@@ -105,6 +105,7 @@ def test_full_step_is_counted_as_three_forward_products(small, tmp_path):
     assert row["full_step_flops"] <= 3 * (linear + head) + 3.5 * attention
 
 
+@pytest.mark.filterwarnings("ignore:the threshold rests")
 def test_all_methods_start_alike_and_report_side_by_side(small, tmp_path, capsys):
     assert main([*small, "--method", "full", "mat", "random"]) == 0
     out = tmp_path / "out"
@@ -137,6 +138,40 @@ def test_resume_keeps_what_is_finished_and_goes_on_with_the_rest(small, tmp_path
     for name in ("test_loss", "steps", "flops", "full_step_flops"):
         assert again[name] == before[name]
     assert again["seconds"] >= before["seconds"]  # the earlier seconds are not forgotten
+
+
+@pytest.mark.filterwarnings("ignore:the threshold rests")
+@pytest.mark.parametrize("method", ["full", "mat", "random"])
+def test_a_stopped_command_resumes_to_the_weights_of_one_never_stopped(
+    small, tmp_path, monkeypatch, method
+):
+    options = [*small, "--method", method, "--checkpoint-every", "1", "--every-n-steps", "2"]
+    options += ["--warmup-epochs", "0", "--alpha", "0.95", "--beta", "0"]
+    main([*options, "--out", str(tmp_path / "whole")])
+    step = BertMLM.training_step
+
+    def stops(self, batch, batch_idx):
+        if self.global_step == 3:  # in the middle of an epoch and of an episode
+            raise RuntimeError("stopped")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BertMLM, "training_step", stops)
+        with pytest.raises(RuntimeError, match="stopped"):
+            main([*options, "--out", str(tmp_path / "stopped")])
+    main([*options, "--out", str(tmp_path / "stopped"), "--resume"])
+    whole, resumed = (
+        torch.load(tmp_path / run / method / "final.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = [
+        json.loads((tmp_path / run / "result.json").read_text())["rows"][0]
+        for run in ("whole", "stopped")
+    ]
+    for name in ("test_loss", "steps", "flops", "probes", "probe_flops", "trained_share"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-12), name
+    assert (rows[0]["trained_share"] < 1) == (method != "full")  # units did rest
 
 
 def test_no_earlier_run_is_lost_by_accident(small, tmp_path, capsys):

@@ -197,7 +197,7 @@ def test_all_units_active_is_the_plain_optimizer_bit_for_bit(name: str, how: str
 class CountingAdam(Adam):
     """Counts the tensors and the elements that it is given."""
 
-    def _init_group(self, group, params, grads, *rest):  # noqa: ANN001, ANN202
+    def _init_group(self, group, params, grads, *rest):
         found = super()._init_group(group, params, grads, *rest)
         self.tensors = len(params)
         self.elements = sum(p.numel() for p in params)

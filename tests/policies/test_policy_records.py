@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_mat.policies import Decision, History, UnitTable
+from lightning_mat.policies import Decision, History, UnitTable, base
 
 
 def reloaded(state):
@@ -69,10 +71,28 @@ def test_decisions_differ_where_anything_differs(decision):
     assert decision != "decision"
 
 
-def test_the_digest_is_the_same_in_another_process(decision):
-    program = "import pickle, sys; d = pickle.load(sys.stdin.buffer); print(d.digest(), hash(d))"
+# Unpickles a decision with the package's own __init__ left out, so that only what policies
+# themselves import is loaded.
+PROGRAM = """
+import pickle, sys, types
+package = types.ModuleType("lightning_mat")
+package.__path__ = [sys.argv[1]]
+sys.modules["lightning_mat"] = package
+decision = pickle.load(sys.stdin.buffer)
+assert "lightning_mat.policies" in sys.modules
+assert not {"lightning", "matplotlib", "lightning_mat.units", "lightning_mat.mntk"} & {*sys.modules}
+print(decision.digest(), hash(decision))
+"""
+
+
+def test_the_digest_is_the_same_in_another_process_which_loads_policies_alone(decision):
+    package = Path(base.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", program], input=pickle.dumps(decision), stdout=-1, check=True
+        [sys.executable, "-c", PROGRAM, str(package)],
+        input=pickle.dumps(decision),
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
     )
     assert done.stdout.decode().split() == [decision.digest(), str(hash(decision))]
 
@@ -159,8 +179,8 @@ def test_an_empty_history_survives_a_checkpoint_and_can_be_appended_to(make):
 def test_a_saved_history_does_not_change_with_the_run(make):
     history = make.history([[1.0, 2.0]])
     state = history.state_dict()
-    history.append(make.spectra([[5.0, 0.0], [6.0, 0.0]]), 1, 1)
     history.lambda_max[0, 0] = 7.0
+    history.append(make.spectra([[5.0, 0.0], [6.0, 0.0]]), 1, 1)
     assert state["lambda_max"].tolist() == [[1.0, 2.0]]
     assert state["step"] == [0]
 

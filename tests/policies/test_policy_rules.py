@@ -19,8 +19,9 @@ def test_threshold_is_equation_4_over_all_eigenvalues_of_the_kind():
     assert eigenvalue_threshold([1002.0, 500.0], [4.0, 2.0], 0.1) == pytest.approx(102.0, rel=1e-15)
 
 
-def test_threshold_never_exceeds_the_largest_eigenvalue():
-    high, low = 1.0, 0.1
+@given(st.floats(1e-300, 1e300), st.floats(0, 1))
+def test_threshold_never_rounds_above_the_largest_eigenvalue(high, ratio):
+    low = high * ratio
     assert eigenvalue_threshold([high], [low], math.nextafter(1.0, 0.0)) <= high
 
 

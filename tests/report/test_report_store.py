@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_mat import policies
-from lightning_mat.report import SpectraStore, read
+from lightning_mat.report import SpectraStore, files, read
 from lightning_mat.report.files import write_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -103,6 +103,11 @@ def test_truncating_keeps_the_probe_of_the_step_itself(run, tmp_path):
         store.append(probe)
     store.truncate(25)
     assert store.read().step.tolist() == [10, 20]
+    assert sorted(folder(tmp_path)) == [
+        "spectra.eigenvalues/000000.npy",
+        "spectra.eigenvalues/000001.npy",
+        "spectra.npz",
+    ]
     store.truncate(20)
     assert store.read().step.tolist() == [10, 20]
     assert store.read().eigenvalues.shape[0] == 2
@@ -163,13 +168,13 @@ def test_a_process_that_dies_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "spectra.npz"
     write_whole(path, lambda stream: stream.write(b"old"))
     program = (
-        "import os, sys; from pathlib import Path\n"
-        "from lightning_mat.report.files import write_whole\n"
+        "import os, runpy, sys; from pathlib import Path\n"
         "def half(stream):\n"
         "    stream.write(b'ne'); stream.flush(); os._exit(9)\n"
-        "write_whole(Path(sys.argv[1]), half)"
+        "runpy.run_path(sys.argv[1])['write_whole'](Path(sys.argv[2]), half)"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 9
+    command = [sys.executable, "-c", program, files.__file__, str(path)]
+    assert subprocess.run(command, check=False).returncode == 9
     assert path.read_bytes() == b"old"
     write_whole(path, lambda stream: stream.write(b"new"))
     assert folder(tmp_path) == {"spectra.npz": b"new"}

@@ -117,7 +117,7 @@ def test_frozen_parameters_train_in_no_unit_and_are_no_remainder():
     assert part.frozen == ("b.weight", "b.bias")
     assert part.remainder == ("scale", "a.bias", "c.bias")
     assert part.active_blocks("b.weight", [True]) == ()
-    with pytest.raises(ValueError, match="unit 'x' owns a slice of 'b.weight', which is frozen"):
+    with pytest.raises(ValueError, match=r"unit 'x' owns a slice of 'b.weight', which is frozen"):
         Partition([unit("x", Slice("b.weight"))], net)
 
 

@@ -78,6 +78,14 @@ def test_transposed_convolutions_always_train():
     assert partition(model, "filters").remainder == ("1.weight", "1.bias")
 
 
+def test_convolutions_of_experts_are_left_to_them():
+    experts = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(2))
+    model = nn.ModuleDict({"experts": experts, "conv": nn.Conv2d(2, 2, 1)})
+    part = partition(model, "filters+experts")
+    assert part.kinds == ("expert", "expert", "filter", "filter")
+    assert part.names[-1] == "conv.filter.1"
+
+
 def _torchvision():
     try:
         import torchvision.models

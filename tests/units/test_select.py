@@ -205,17 +205,24 @@ def test_a_model_without_matching_units_is_told_what_it_has():
     message = "partition found no heads in Sequential: choose from what it has .filters, layers.,"
     with pytest.raises(ValueError, match=message):
         partition(cnn(), "heads")
-    with pytest.raises(ValueError, match="found no filters in Transf.*has .heads, ffn, layers."):
+    with pytest.raises(ValueError, match=r"found no filters in Transf.*has .heads, ffn, layers."):
         partition(encoder(), "heads+filters")
     with pytest.raises(ValueError, match="partition found no units by <lambda> in Sequential"):
         partition(cnn(), lambda model: [])
+
+
+def test_attention_of_an_unknown_layout_does_not_hide_what_else_there_is():
+    model = nn.Module()
+    model.num_heads, model.qkv, model.proj = 3, nn.Linear(8, 24), nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"no ffn in Module: choose from what it has .layers."):
+        partition(model, "ffn")
 
 
 def test_overlapping_units_of_a_user_are_named():
     def twice(model):
         return [Unit(n, "ffn", "", (Slice("0.weight"),)) for n in ("one", "two")]
 
-    with pytest.raises(ValueError, match="units 'one' and 'two' both own elements of '0.weight'"):
+    with pytest.raises(ValueError, match=r"units 'one' and 'two' both own elements of '0.weight'"):
         partition(mlp(), twice)
 
 

@@ -1,0 +1,1 @@
+"""Text for the examples: where it comes from, its vocabulary, and masked blocks of it."""

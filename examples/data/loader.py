@@ -1,0 +1,83 @@
+"""A data loader whose order depends on (seed, epoch) alone and that resumes inside an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+
+class EpochSampler(Sampler[int]):
+    """Yields ``epoch · n + i`` for every ``i`` in ``range(n)``, in an order drawn per epoch.
+
+    The data set takes both numbers from the index, so what a worker process sees does not depend
+    on when it started.
+
+    Args:
+        n: Samples in the data set.
+        seed: Seed of the order.
+
+    Example:
+        >>> sampler = EpochSampler(4, seed=0)
+        >>> sampler.set_epoch(2)
+        >>> sorted(sampler)
+        [8, 9, 10, 11]
+    """
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        """Start at epoch 0."""
+        self.n = n
+        self.seed = seed
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the samples of a whole epoch."""
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the epoch, without the first ``skip`` samples."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        order = torch.randperm(self.n, generator=generator)[self.skip :]
+        return iter((order + self.epoch * self.n).tolist())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A :class:`~torch.utils.data.DataLoader` over an :class:`EpochSampler` that can be resumed.
+
+    Lightning saves ``state_dict()`` in every checkpoint and loads it before the first batch; the
+    loader then goes on after the last batch that it had handed out.
+    """
+
+    sampler: EpochSampler
+    _epoch = 0
+    _served = 0
+    _resumed = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterate over what the epoch has left."""
+        # A generator, so this runs at the first batch: after Lightning has set the epoch.
+        resumes = self._resumed and self._epoch == self.sampler.epoch
+        self._resumed = False
+        self._epoch = self.sampler.epoch
+        self._served = self._served if resumes else 0
+        self.sampler.skip = self._served * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the batches of it that were handed out."""
+        return {"epoch": self._epoch, "batches": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a state the next time that its epoch is iterated over."""
+        self._epoch = state["epoch"]
+        self._served = state["batches"]
+        self._resumed = True

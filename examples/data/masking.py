@@ -1,0 +1,160 @@
+"""Masked language modelling: blocks of words, some of which are replaced by a mask."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from examples.data.corpus import Corpus
+from examples.data.loader import EpochSampler, ResumableLoader
+from examples.data.vocabulary import Vocabulary
+
+
+class MaskedBlocks(Dataset[dict[str, Tensor]]):
+    """Running text cut into blocks of T words; each block has M = round(0.15 T) masked.
+
+    The masked positions are drawn uniformly from (seed, epoch, block) alone: every run with the
+    same seed sees the same masks, in whatever order it reads the blocks. Index ``epoch · n + i``
+    is block ``i`` with the masks of that epoch; plain indices have those of epoch 0.
+
+    Args:
+        words: Numbers of the words, int64, shape ``[N]``; what does not fill a block is left out.
+        length: Block length, T.
+        mask: Number of the mask word.
+        share: Part of a block that is masked.
+        seed: Seed of the masks.
+
+    Raises:
+        ValueError: If the text does not fill one block.
+
+    Example:
+        >>> blocks = MaskedBlocks(torch.arange(40), length=20, mask=99)
+        >>> sample = blocks[0]
+        >>> len(blocks), sample["labels"].shape, (sample["input_ids"] == 99).sum().item()
+        (2, torch.Size([3]), 3)
+    """
+
+    def __init__(
+        self, words: Tensor, length: int, mask: int, *, share: float = 0.15, seed: int = 0
+    ) -> None:
+        """Cut the text into blocks."""
+        if words.numel() < length:
+            raise ValueError(
+                f"a block needs {length} words, but the split has only {words.numel()}: "
+                "lower --seq-len or give more text"
+            )
+        self.blocks = words[: words.numel() // length * length].view(-1, length)
+        self.mask = mask
+        self.n_masked = max(1, round(share * length))
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return ``input_ids`` ``[T]``, ``masked_positions`` ``[M]`` and ``labels`` ``[M]``.
+
+        Raises:
+            IndexError: If the index is negative.
+        """
+        if index < 0:
+            raise IndexError(f"index of a block must be ≥ 0, got {index}")
+        epoch, i = divmod(index, len(self))
+        input_ids = self.blocks[i].clone()
+        draw = random.Random(f"{self.seed} {epoch} {i}")
+        positions = torch.tensor(sorted(draw.sample(range(len(input_ids)), self.n_masked)))
+        labels = input_ids[positions]
+        input_ids[positions] = self.mask
+        return {"input_ids": input_ids, "masked_positions": positions, "labels": labels}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Iterate once over all blocks, with the masks of epoch 0."""
+        return (self[i] for i in range(len(self)))
+
+
+class MaskedText(L.LightningDataModule):
+    """The three splits of a corpus as masked blocks; validation and test masks never change.
+
+    Args:
+        corpus: Text.
+        length: Block length, T.
+        batch_size: Samples in a batch; an incomplete last training batch is left out.
+        vocab_size: Words to keep, None for all of the training split.
+        seed: Seed of the order and of the masks.
+        num_workers: Processes that prepare batches.
+
+    Raises:
+        ValueError: If a split is too short for a block, or training for a batch.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        length: int = 128,
+        batch_size: int = 32,
+        *,
+        vocab_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        """Build the vocabulary and encode the splits."""
+        super().__init__()
+        self.source = corpus.name
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.vocabulary = Vocabulary.build(corpus.train, vocab_size)
+        encode, mask = self.vocabulary.encode, self.vocabulary.mask
+        self.train = MaskedBlocks(encode(corpus.train), length, mask, seed=seed)
+        # Other seeds than training's, so that equal block numbers do not get equal masks.
+        self.valid = MaskedBlocks(encode(corpus.valid), length, mask, seed=seed + 1)
+        self.test = MaskedBlocks(encode(corpus.test), length, mask, seed=seed + 2)
+        if len(self.train) < batch_size:
+            raise ValueError(
+                f"a batch needs {batch_size} blocks of {length} words, but the training split "
+                f"fills only {len(self.train)}: lower --batch-size or --seq-len"
+            )
+
+    def describe(self) -> dict[str, int | str]:
+        """Return name, vocabulary size and blocks per split."""
+        return {
+            "name": self.source,
+            "vocabulary": len(self.vocabulary),
+            "train_blocks": len(self.train),
+            "valid_blocks": len(self.valid),
+            "test_blocks": len(self.test),
+        }
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the training batches, shuffled per epoch."""
+        return ResumableLoader(
+            self.train,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(len(self.train), self.seed),
+            drop_last=True,
+            num_workers=self.num_workers,
+            # Without one of its own, a loader takes a number from the global random stream.
+            generator=torch.Generator(),
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the validation batches in order."""
+        return self._ordered(self.valid)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return the test batches in order."""
+        return self._ordered(self.test)
+
+    def _ordered(self, blocks: MaskedBlocks) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            blocks,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )

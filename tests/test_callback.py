@@ -1,0 +1,397 @@
+"""MATCallback: the calendar, what is saved and logged, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_mat import MAT, MATCallback, policies
+from lightning_mat.report.store import SpectraStore, read
+from tests.lightning_models import Points, Small, data, model, trainer, weights
+
+
+def mat(**options: Any) -> MATCallback:
+    return MATCallback(**({"units": "layers", "alpha": "auto", "n_samples": 8} | options))
+
+
+class Watch(pl.Callback):
+    """Notes which units train in every step, and whether the optimizer moved the others."""
+
+    def __init__(self, callback: MATCallback) -> None:
+        self.callback = callback
+        self.active: list[list[bool]] = []
+        self.moved: list[list[bool]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        self.before = weights(module)
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        assert self.callback.mat is not None
+        self.active.append(self.callback.mat.active.tolist())
+        after = weights(module)
+        self.moved.append(
+            [not torch.equal(a, b) for a, b in zip(self.before, after, strict=True)][::2]
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{"policy": policies.Full()}, {"dry_run": True}])
+def test_everything_active_is_plain_training(
+    tmp_path: Path, optimizer: str, options: dict[str, Any]
+) -> None:
+    plain, adaptive = model(optimizer=optimizer), model(optimizer=optimizer)
+    trainer(tmp_path / "a").fit(plain, data())
+    trainer(tmp_path / "b", mat(**options)).fit(adaptive, data())
+    assert all(map(torch.equal, weights(plain), weights(adaptive)))
+
+
+def test_only_the_deciding_units_move(tmp_path: Path) -> None:
+    callback = mat()
+    watch = Watch(callback)
+    trainer(tmp_path, callback, watch).fit(model(), data())
+    assert watch.active[0] == [True, True, True]
+    assert any(not all(active) for active in watch.active)
+    assert watch.moved == watch.active
+
+
+def test_episodes_follow_the_epochs(tmp_path: Path) -> None:
+    callback = mat(warmup_epochs=2, every_n_epochs=3)
+    trainer(tmp_path, callback, max_epochs=9).fit(model(), data(32))
+    assert callback.mat is not None
+    assert callback.mat.history.epoch == [2, 5, 8]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_episodes_follow_the_optimizer_steps(tmp_path: Path, accumulate: int) -> None:
+    callback = mat(warmup_epochs=0, every_n_steps=2)
+    fit = trainer(tmp_path, callback, accumulate_grad_batches=accumulate, max_epochs=2)
+    fit.fit(model(), data(96))
+    assert callback.mat is not None
+    assert callback.mat.history.step == list(range(0, 12 // accumulate, 2))
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole_callback, whole = mat(every_n_steps=4), model()
+    fit = trainer(tmp_path / "whole", whole_callback)
+    fit.fit(whole, data())
+    for stop in (9, 12, 16):  # inside an episode, at the end of an epoch, at a probe
+        first = model()
+        save = ModelCheckpoint(tmp_path / f"{stop}", save_last=True, every_n_train_steps=1)
+        half = trainer(
+            tmp_path / f"half{stop}", mat(every_n_steps=4), save, max_steps=stop,
+            enable_checkpointing=True,
+        )
+        half.fit(first, data())
+        callback, resumed = mat(every_n_steps=4), Small()
+        trainer(tmp_path / f"half{stop}", callback).fit(
+            resumed, data(), ckpt_path=tmp_path / f"{stop}" / "last.ckpt", weights_only=True
+        )
+        assert all(map(torch.equal, weights(whole), weights(resumed)))
+        assert callback.mat is not None
+        assert whole_callback.mat is not None
+        assert callback.mat.decision == whole_callback.mat.decision
+        assert torch.equal(callback.mat.history.lambda_max, whole_callback.mat.history.lambda_max)
+        files = [read(tmp_path / f / "mat/spectra.npz") for f in ("whole", f"half{stop}")]
+        assert files[0].step.tolist() == files[1].step.tolist()
+        assert (files[0].lambda_max == files[1].lambda_max).all()
+        assert callback.summary()["flops"] == whole_callback.summary()["flops"]
+
+
+def test_checkpoints_load_without_the_callback_and_into_it(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, mat(), save, max_epochs=2, enable_checkpointing=True).fit(model(), data())
+    plain = Small()
+    trainer(tmp_path / "b").fit(plain, data(), ckpt_path=tmp_path / "last.ckpt")
+    save = ModelCheckpoint(tmp_path / "c", save_last=True)
+    trainer(tmp_path / "c", save, max_epochs=2, enable_checkpointing=True).fit(model(), data())
+    adaptive, callback = Small(), mat()
+    trainer(tmp_path / "d", callback).fit(adaptive, data(), ckpt_path=tmp_path / "c/last.ckpt")
+    assert callback.summary()["probes"] == 2
+
+
+def test_another_partition_is_refused_at_resume(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, mat(), save, max_epochs=2, enable_checkpointing=True).fit(model(), data())
+    other = mat(units=lambda m: [])
+    with pytest.raises(ValueError, match="unit"):
+        trainer(tmp_path / "b", other).fit(Small(), data(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_the_model_is_an_ordinary_one_afterwards(tmp_path: Path) -> None:
+    module = model()
+    before = {name: set(m.__dict__) for name, m in module.net.named_modules()}
+    trainer(tmp_path, mat()).fit(module, data())
+    assert {name: set(m.__dict__) for name, m in module.net.named_modules()} == before
+    assert all(p.requires_grad for p in module.parameters())
+    module.zero_grad()
+    module(torch.randn(4, 6)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(module.net)))
+    assert torch.equal(copied(torch.ones(1, 6)), module.net(torch.ones(1, 6)))
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_interrupted_run_leaves_an_ordinary_model(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    class Broken(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 9:
+                raise error("mine")
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    module, callback = Broken(), mat()
+    with pytest.raises((error, SystemExit)):
+        trainer(tmp_path, callback).fit(module, data())
+    module(torch.randn(4, 6)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert not any("forward" in m.__dict__ for m in module.modules())
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_what_is_logged_and_kept(tmp_path: Path) -> None:
+    callback = mat()
+    fit = trainer(tmp_path, callback)
+    fit.fit(model(), data())
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    probes = [row for row in rows if row["mat/probe_seconds"]]
+    assert len(probes) == callback.summary()["probes"] == 3
+    last = probes[-1]
+    assert float(last["mat/layer/units"]) == 3
+    assert float(last["mat/layer/lambda_max_q0"]) <= float(last["mat/layer/lambda_max_q100"])
+    steps = [row for row in rows if row["mat/step_flops"]]
+    assert float(steps[0]["mat/step_flops"]) == float(steps[0]["mat/full_step_flops"])
+    assert float(steps[1]["mat/step_flops"]) < float(steps[1]["mat/full_step_flops"])
+    stored = read(tmp_path / "mat" / "spectra.npz")
+    assert stored.step.tolist() == [6, 12, 18]
+    assert stored.names == callback.mat.part.names  # type: ignore[union-attr]
+    share = callback.mat.active.double().mean()  # type: ignore[union-attr]
+    assert fit.progress_bar_metrics["trained"] == pytest.approx(float(share))
+
+
+def test_counted_flops_are_what_the_step_costs(tmp_path: Path) -> None:
+    callback = mat(policy=policies.Full())
+    trainer(tmp_path, callback, max_epochs=1).fit(model(), data())
+    # forward: three products; backward: weights of all, inputs of all but the first
+    forward = 2 * (6 * 16 + 16 * 16 + 16 * 3)
+    backward = forward + 2 * (16 * 16 + 16 * 3)
+    assert callback.summary()["full_step_flops"] == forward + backward
+    assert callback.summary()["flops"] == 96 * (forward + backward)
+
+
+def test_a_full_disk_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "spectra.npz")
+
+    monkeypatch.setattr(SpectraStore, "append", full)
+    callback = mat()
+    with pytest.warns(UserWarning, match="No space left") as caught:
+        trainer(tmp_path, callback).fit(model(), data())
+    assert sum("No space left" in str(w.message) for w in caught) == 1
+    assert callback.summary()["probes"] == 3
+
+
+def test_nan_keeps_the_previous_decision(tmp_path: Path) -> None:
+    class Poisoned(MATCallback):
+        def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
+            x, y = super()._samples_for_probe(trainer)
+            return (x * float("nan"), y) if trainer.current_epoch == 2 else (x, y)
+
+    callback = Poisoned(units="layers", alpha="auto", n_samples=8)
+    watch = Watch(callback)
+    with pytest.warns(UserWarning, match="NaN or Inf; keeping the previous decision"):
+        trainer(tmp_path, callback, watch).fit(model(), data())
+    assert watch.active[12] == watch.active[11] != [True] * 3
+    assert callback.mat is not None
+    assert callback.mat.history.epoch == [1, 3]
+
+
+def test_training_data_and_random_streams_are_undisturbed(tmp_path: Path) -> None:
+    class Seen(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.order: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.order += [*batch[0][:, 0].tolist(), float(torch.rand(()))]
+            return super().training_step(batch, batch_idx)
+
+    runs = []
+    for callbacks in ((), (mat(dry_run=True),)):
+        torch.manual_seed(0)
+        module = Seen()
+        loader = DataLoader(Points(96), batch_size=16, shuffle=True)
+        trainer(tmp_path, *callbacks).fit(module, loader)
+        runs.append(module.order)
+    assert runs[0] == runs[1]
+
+
+def test_given_by_the_module_and_by_a_config(tmp_path: Path) -> None:
+    class Own(Small):
+        def configure_callbacks(self) -> list[pl.Callback]:
+            return [mat()]
+
+    torch.manual_seed(0)
+    fit = trainer(tmp_path)
+    fit.fit(Own(), data())
+    assert any(isinstance(c, MATCallback) for c in fit.callbacks)  # type: ignore[attr-defined]
+
+
+def test_named_in_a_lightning_cli_config(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  accelerator: cpu\n  callbacks:\n"
+        "    - class_path: lightning_mat.MATCallback\n"
+        "      init_args:\n        units: layers\n        alpha: {layer: 0.2}\n"
+        "        policy:\n          class_path: lightning_mat.policies.Random\n"
+        "          init_args: {fraction: 0.25}\n"
+    )
+    cli = LightningCLI(
+        Small, run=False, args=["--config", str(config)], save_config_callback=None
+    )
+    found = [c for c in cli.trainer.callbacks if isinstance(c, MATCallback)]  # type: ignore[attr-defined]
+    assert len(found) == 1
+    assert found[0].policy == policies.Random(0.25)
+
+
+class Stream(IterableDataset[Any]):
+    """Data without length or index."""
+
+    def __iter__(self) -> Any:
+        return iter([Points(8)[i] for i in range(8)])
+
+
+class Manual(Small):
+    """Manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Muonic(Small):
+    """An optimizer that works on whole matrices."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_samples": 1}, "n_samples must be ≥ 2, got 1"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": "automatic"}, "alpha"),
+        ({"beta": -1.0}, "beta"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be ≥ 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be ≥ 1, got 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be ≥ 0, got -1"),
+        ({"output": "logits"}, "output must be one of"),
+    ],
+)
+def test_bad_arguments_are_named_at_construction(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MATCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_samples": 97}, "n_samples is 97, but the training dataset has 96"),
+        ({"skip": "layers"}, "skip must be one of"),
+        ({"units": "heads"}, "heads"),
+        ({"units": "neurons"}, "neurons"),
+        ({"alpha": {"haed": 0.1}}, "haed"),
+        ({"precision": "int4"}, "precision must be one of"),
+        ({"memory": 0}, "memory must be"),
+        ({"probe_data": [1]}, "is a list, not one DataLoader"),
+    ],
+)
+def test_bad_arguments_are_named_at_the_start(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    module = model()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, mat(**options)).fit(module, data())
+    assert not any("forward" in m.__dict__ for m in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("module", "loader", "message"),
+    [
+        (Manual, data, "manual optimization"),
+        (Muonic, data, "LBFGS"),
+        (Small, lambda: DataLoader(Stream(), batch_size=8), "Stream has no length"),
+        (Small, lambda: {"a": data(), "b": data()}, "not one DataLoader"),
+    ],
+)
+def test_runs_it_cannot_work_with_are_refused(
+    tmp_path: Path, module: type[Small], loader: Any, message: str
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer(tmp_path, mat()).fit(module(), loader())
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    class Another(MATCallback):
+        """Lightning itself refuses two of the same class."""
+
+    with pytest.raises(ValueError, match="2 MATCallbacks"):
+        trainer(tmp_path, mat(), Another(units="layers")).fit(model(), data())
+    with pytest.raises(RuntimeError, match="more than one stateful callback.*MATCallback"):
+        trainer(tmp_path, mat(), mat())
+
+
+def test_summary_before_a_fit_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"Trainer\.fit first"):
+        mat().summary()
+
+
+def test_the_engine_works_in_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    engine = MAT(
+        net, torch.optim.SGD(net.parameters(), 0.1), "layers", policies.MAT("auto"), seed=1
+    )
+    x = torch.randn(32, 6)
+    moved = []
+    for step in range(6):
+        if step % 2 == 0:
+            decision = engine.update(x, step=step)
+        before = weights(net)
+        engine.optimizers[0].zero_grad()
+        net(x).square().mean().backward()
+        engine.optimizers[0].step()
+        moved.append([not torch.equal(a, b) for a, b in zip(before, weights(net), strict=True)])
+        assert moved[-1][::2] == decision.active.tolist()
+    assert engine.probes == 3
+    assert engine.probe_flops > 0
+    state = engine.state_dict()
+    engine.close()
+    other = MAT(copy.deepcopy(net), (), "layers", policies.MAT("auto"), seed=1)
+    other.load_state_dict(state)
+    assert other.decision == engine.decision
+    assert other.episode == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.close()
