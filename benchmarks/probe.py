@@ -4,7 +4,7 @@
 
 Four things over the same samples of random words, timed in turn (medians of interleaved rounds):
 
-* ``step``: one forward and backward pass, training mode, all weight gradients, masked-language loss;
+* ``step``: one forward and backward pass in training mode, all weight gradients, with the loss;
 * ``probe``: :func:`lightning_mat.mntk` of all heads and FFN blocks, eigenvalues included;
 * ``vmap``: ``vmap(grad)`` in chunks, then the same Grams and eigenvalues;
 * ``loop``: one backward pass per sample, then the same Grams and eigenvalues.
@@ -34,9 +34,7 @@ from lightning_mat.mntk import Probe
 from lightning_mat.units import Partition, partition
 
 
-def make_batch(
-    samples: int, length: int, vocabulary: int, device: str
-) -> dict[str, Tensor]:
+def make_batch(samples: int, length: int, vocabulary: int, device: str) -> dict[str, Tensor]:
     """Return random words, 15% of them masked."""
     masked = max(1, round(0.15 * length))
     positions = torch.stack([torch.randperm(length)[:masked].sort()[0] for _ in range(samples)])

@@ -17,14 +17,16 @@ METHODS = ("full", "mat", "random")
 DEMO: dict[str, Any] = {
     "preset": "tiny",
     "method": ["full", "mat"],
-    "max_steps": 600,
+    "max_steps": 500,
     "seq_len": 64,
     "vocab_size": 4096,
     "dropout": 0.0,
     "optimizer": "adamw",
     "lr": 1e-3,
     "alpha": "auto",
+    "warmup_epochs": 0,  # an epoch is nearly half of this run
     "every_n_steps": 50,
+    "n_samples": 32,
     "out": Path("runs/demo"),
     "overwrite": True,
 }

@@ -82,7 +82,7 @@ class MATCallback(Callback):
 
     def __init__(
         self,
-        units: Any = "auto",  # noqa: ANN401
+        units: Any = "auto",
         policy: Policy | None = None,
         alpha: Threshold = 0.1,
         beta: float | Mapping[str, float] = 1e-3,
@@ -213,7 +213,7 @@ class MATCallback(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        batch: Any,  # noqa: ANN401
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Begin an episode where one is due; count the FLOPs of its first step."""
@@ -227,8 +227,8 @@ class MATCallback(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Account for the step."""
@@ -324,7 +324,7 @@ class MATCallback(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        batch: Any,  # noqa: ANN401
+        batch: Any,
     ) -> None:
         mat = self._mat()
         before, probes = mat.decision, mat.probes
@@ -341,7 +341,7 @@ class MATCallback(Callback):
         for line in decision.summary().splitlines():
             log.info("MAT at step %d: %s", trainer.global_step, line)
 
-    def _samples_for_probe(self, trainer: pl.Trainer) -> Any:  # noqa: ANN401
+    def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
         """Return a batch from the training set, on the device, as a training step would get it."""
         loader = check_loader(self._loader(trainer), self.n_samples)
         batch = draw(loader, self.n_samples, self.seed, self._mat().probes)
@@ -383,7 +383,7 @@ class MATCallback(Callback):
             self.mat.close()
 
 
-def _samples(batch: Any) -> int:  # noqa: ANN401
+def _samples(batch: Any) -> int:
     """Return the samples of a training batch, 1 where they cannot be told."""
     try:
         return max(count_samples(batch), 1)
@@ -406,5 +406,3 @@ def _metrics(mat: MAT, seconds: float) -> dict[str, float]:
     for kind, threshold in mat.decision.thresholds.items():
         metrics[f"{kind}/threshold"] = threshold
     return metrics
-
-

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lightning_mat import doctor
+from lightning_mat import doctor, inspect
+from lightning_mat.report import command as report
 
 # Each has add_parser(commands), which adds its options and sets ``run``: arguments -> exit code.
-COMMANDS = (doctor,)
+COMMANDS = (doctor, inspect, report)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,8 +18,8 @@ from lightning_mat.mntk.outputs import Forward, Output
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.optim import MATOptimizer
-from lightning_mat.policies import Decision, History, Policy, UnitTable
 from lightning_mat.policies import MAT as MATPolicy
+from lightning_mat.policies import Decision, History, Policy, UnitTable
 from lightning_mat.policies.base import FULL
 from lightning_mat.units import Partition, partition
 
@@ -71,7 +71,7 @@ class MAT:
         self,
         model: nn.Module,
         optimizers: Optimizer | Iterable[Optimizer] = (),
-        units: Any = "auto",  # noqa: ANN401
+        units: Any = "auto",
         policy: Policy | None = None,
         *,
         skip: str = "weights",
@@ -119,7 +119,7 @@ class MAT:
             return torch.ones(len(self.part), dtype=torch.bool)
         return self.decision.active
 
-    def update(self, batch: Any, *, step: int, epoch: int = 0) -> Decision:  # noqa: ANN401
+    def update(self, batch: Any, *, step: int, epoch: int = 0) -> Decision:
         """Begin an episode: measure, decide, and let the gate and the optimizers follow.
 
         Call it between optimizer steps. A probe in which a unit's spectrum is NaN or Inf decides
@@ -152,7 +152,7 @@ class MAT:
         self.apply()
         return self.decision
 
-    def measure(self, batch: Any) -> Spectra:  # noqa: ANN401
+    def measure(self, batch: Any) -> Spectra:
         """Return the spectra over a batch of samples, and account for what that cost."""
         start = time.perf_counter()
         self.gate.remove()

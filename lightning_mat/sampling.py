@@ -42,7 +42,7 @@ def check_loader(loader: object, n_samples: int) -> DataLoader[Any]:
     return loader
 
 
-def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any:  # noqa: ANN401
+def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any:
     """Return a collated batch of different samples.
 
     The draw depends on the seed and the number of the probe alone, and the random number streams

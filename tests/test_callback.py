@@ -91,7 +91,10 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         first = model()
         save = ModelCheckpoint(tmp_path / f"{stop}", save_last=True, every_n_train_steps=1)
         half = trainer(
-            tmp_path / f"half{stop}", mat(every_n_steps=4), save, max_steps=stop,
+            tmp_path / f"half{stop}",
+            mat(every_n_steps=4),
+            save,
+            max_steps=stop,
             enable_checkpointing=True,
         )
         half.fit(first, data())
@@ -264,9 +267,7 @@ def test_named_in_a_lightning_cli_config(tmp_path: Path) -> None:
         "        policy:\n          class_path: lightning_mat.policies.Random\n"
         "          init_args: {fraction: 0.25}\n"
     )
-    cli = LightningCLI(
-        Small, run=False, args=["--config", str(config)], save_config_callback=None
-    )
+    cli = LightningCLI(Small, run=False, args=["--config", str(config)], save_config_callback=None)
     found = [c for c in cli.trainer.callbacks if isinstance(c, MATCallback)]  # type: ignore[attr-defined]
     assert len(found) == 1
     assert found[0].policy == policies.Random(0.25)

@@ -14,6 +14,7 @@ namespace {
 constexpr int kSide = 16;  // threads along each side of a tile
 constexpr int kThreads = kSide * kSide;
 constexpr int kChunk = 32;  // elements of every sample's gradient staged at a time
+constexpr int kFold = 64;   // chunks that are summed before their sum is added to the total
 
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(float x) { return x; }
@@ -40,7 +41,22 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(GramParams p) {
   const T* grad = static_cast<const T*>(p.grad);
   const Segment segment = p.segments[blockIdx.x];
 
+  // Sums of bounded length, then their total: the rounding error grows with the root of both
+  // lengths, not with the root of the millions of elements that a unit can have.
+  Acc total[kMicro][kMicro] = {};
   Acc sum[kMicro][kMicro] = {};
+  int staged = 0;
+  const auto fold = [&] {
+#pragma unroll
+    for (int m = 0; m < kMicro; ++m) {
+#pragma unroll
+      for (int n = 0; n < kMicro; ++n) {
+        total[m][n] += sum[m][n];
+        sum[m][n] = Acc(0);
+      }
+    }
+    staged = 0;
+  };
   for (int64_t k = segment.first; k < segment.last; ++k) {
     const Piece piece = p.pieces[k];
     const int64_t columns = piece.c1 - piece.c0;
@@ -79,9 +95,11 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(GramParams p) {
           for (int n = 0; n < kMicro; ++n) sum[m][n] += a[m] * b[n];
         }
       }
+      if (++staged == kFold) fold();
       __syncthreads();
     }
   }
+  fold();
 
   const int64_t unit = p.pieces[segment.first].unit;
   Acc* gram = static_cast<Acc*>(p.grams) + unit * p.samples * p.samples;
@@ -91,8 +109,8 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(GramParams p) {
     for (int n = 0; n < kMicro; ++n) {
       const int64_t i = row_start + y + m * kSide, j = column_start + x + n * kSide;
       if (i >= p.samples || j >= p.samples) continue;
-      gram[i * p.samples + j] += sum[m][n];
-      if (!diagonal) gram[j * p.samples + i] += sum[m][n];
+      gram[i * p.samples + j] += total[m][n];
+      if (!diagonal) gram[j * p.samples + i] += total[m][n];
     }
   }
 }

@@ -52,7 +52,7 @@ class GatedForward:
         else:
             self.module.__dict__["forward"] = self.before
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output; its backward skips what rests."""
         if (
             self.run is None
@@ -93,7 +93,7 @@ def detaching(gated: GatedForward, rests: Mapping[str, Rest]) -> Forward:
     """
     names = [_holder(gated.module, name) for name, rest in rests.items() if rest.whole]
 
-    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def run(*args: Any, **kwargs: Any) -> Any:
         held = [params[name] for params, name in names]
         try:
             for (params, name), param in zip(names, held, strict=True):

@@ -70,7 +70,7 @@ class Selection:
     def copy(self, tensor: Tensor, dim: int) -> Tensor:
         """Return what :meth:`take` returns, but never a view that keeps all of ``tensor`` alive."""
         taken = self.take(tensor, dim)
-        return taken.clone() if False else taken
+        return taken.clone() if len(self.runs) == 1 and not self.whole else taken
 
     def put(self, values: Tensor, target: Tensor, dim: int) -> None:
         """Copy ``values`` over the selected slices of ``target`` along ``dim``."""

@@ -62,9 +62,7 @@ def _are_columns(rects: Sequence[Rect], factor: Factor) -> bool:
     )
 
 
-def _direct(
-    grams: Tensor, factor: Factor, owned: Owned, workspace: int, backend: str
-) -> None:
+def _direct(grams: Tensor, factor: Factor, owned: Owned, workspace: int, backend: str) -> None:
     """Form blocks of rows that fit the workspace and multiply each by itself."""
     element = 8 if grams.dtype == torch.float64 else 4
     limit = max(1, workspace // (factor.samples * max(factor.columns, 1) * element))

@@ -111,8 +111,6 @@ class Collector:
             [found.get(i) or Zero(size, like) for i, size in enumerate(self._sizes)]
         )
         owned = self.owners[name]
-        add_to_grams(
-            self.grams, factor, owned, workspace=self.workspace, backend=self.backend
-        )
+        add_to_grams(self.grams, factor, owned, workspace=self.workspace, backend=self.backend)
         for unit, rect in owned:
             self.cost[unit] += factor.flops_per_element * rect.numel

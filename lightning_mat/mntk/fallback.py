@@ -152,17 +152,19 @@ def _per_sample(
 ) -> Tensor:
     """Return the gradients of some samples, [s, *parameter]."""
     try:
-        return vmap(grad(scalar), in_dims=(None, 0, 0), randomness="same")(target, inputs, grads)
+        batched = vmap(grad(scalar), in_dims=(None, 0, 0), randomness="same")
+        gradients: Tensor = batched(target, inputs, grads)
+        return gradients
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         # a layer that vmap cannot batch: a recurrent one, or one whose control flow depends on data
     parameter = target.clone().requires_grad_()
-    gradients = []
+    rows = []
     for s in range(len(next(iter(grads.values())))):
         out = scalar(parameter, [v[s] for v in inputs], {i: g[s] for i, g in grads.items()})
-        gradients.append(torch.autograd.grad(out, parameter, materialize_grads=True)[0])
-    return torch.stack(gradients)
+        rows.append(torch.autograd.grad(out, parameter, materialize_grads=True)[0])
+    return torch.stack(rows)
 
 
 def fallback_factors(call: Call, layout: object, samples: int) -> dict[str, Factor]:
@@ -190,5 +192,3 @@ def _advice(call: Call, why: str) -> str:
         f"layer {call.site!r} ({type(call.module).__name__}) has no rule for per-sample gradients, "
         f"and {why}: leave it out of the units, or register a rule with register_layer_rule"
     )
-
-

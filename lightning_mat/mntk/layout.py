@@ -1,9 +1,9 @@
-"""Layout: which rows of a layer's tensors belong to which sample.
+r"""Layout: which rows of a layer's tensors belong to which sample.
 
 A layer sees rows (tokens, images) of many samples at once, in an order that depends on the model:
 samples first, time first, samples and frames merged, or routed tokens in any order. Shapes alone
-cannot tell (T may equal S), so the order is measured. Backpropagating :math:`\\sum_s w_s z_s` in
-place of :math:`\\sum_s z_s` multiplies a row's gradient by the weight of the one sample it belongs
+cannot tell (T may equal S), so the order is measured. Backpropagating :math:`\sum_s w_s z_s` in
+place of :math:`\sum_s z_s` multiplies a row's gradient by the weight of the one sample it belongs
 to; a row whose gradient is multiplied by anything else depends on several samples, and has no
 per-sample gradient.
 """
@@ -16,7 +16,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-
 
 _PROJECTIONS = 4
 

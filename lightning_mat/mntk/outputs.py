@@ -124,8 +124,9 @@ def targets_of(batch: Any) -> Tensor:
     """
     if isinstance(batch, Mapping):
         for name in TARGETS:
-            if isinstance(batch.get(name), Tensor):
-                return batch[name]  # type: ignore[no-any-return]
+            found: Any = batch.get(name)
+            if isinstance(found, Tensor):
+                return found
     elif isinstance(batch, (list, tuple)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[1]
     raise ValueError(

@@ -37,7 +37,7 @@ from lightning_mat.units.core import Partition
 Layouts = dict[tuple[str, int], Layout | None]
 
 
-class Irregular(Exception):
+class IrregularError(Exception):
     """A layer's rows are not laid out as they were when the model was first looked at."""
 
 
@@ -128,7 +128,7 @@ class Probe:
                 try:
                     grams, cost = self._measure(batch, samples, micro)
                     break
-                except Irregular:
+                except IrregularError:
                     self._routed = True
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
@@ -233,7 +233,7 @@ class Probe:
             return None
         if layout is None or not layout.fits(call.x.shape[:dims], samples):
             if not self._routed:
-                raise Irregular
+                raise IrregularError
             return None
         return layout
 
@@ -334,9 +334,7 @@ class Probe:
         ]
         return any(outer == "" or name.startswith(outer + ".") for outer in replayed)
 
-    def _try_head(
-        self, batch: Any, samples: int, head: str | None, expected: Tensor
-    ) -> str | None:
+    def _try_head(self, batch: Any, samples: int, head: str | None, expected: Tensor) -> str | None:
         """Return the head if z is the same without the logits, else None."""
         if head is None or callable(self.output):
             return None
@@ -424,4 +422,4 @@ def _ids(call: Call, plain: Tensor, weighted: Tensor, samples: int) -> Tensor:
 
 def _images(call: Call) -> bool:
     """Return whether a call works on images, whose rows are samples and are never routed."""
-    return call.x.dim() > 2
+    return bool(call.x.dim() > 2)

@@ -120,7 +120,7 @@ class MATOptimizer(Optimizer):
         """
         self._slicer.apply(self.part.check_active(active).tolist())
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the units that train.
 
         Args:
@@ -201,7 +201,7 @@ class MATOptimizer(Optimizer):
         """The inner optimizer's parameter groups."""
         return self.inner.param_groups
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         """Return the inner optimizer's attribute."""
         if "inner" not in self.__dict__:  # before __init__ or __setstate__
             raise AttributeError(name)

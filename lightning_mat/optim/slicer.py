@@ -183,7 +183,7 @@ class Slicer:
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
 
         # Optimizers call the closure before anything else: the gradients exist only after it.
-        def closure_then_show() -> Any:  # noqa: ANN401
+        def closure_then_show() -> Any:
             loss = None if closure is None else closure()
             self._show()
             return loss

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from lightning_mat.report.page import find_spectra, report
 from lightning_mat.report.plot import active_map, lambda_max_plot
 from lightning_mat.report.store import read
 
 
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "report",
+        help="write a page about a run",
+        description="Write one HTML page about a run, with its pictures and tables.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=report_command)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
-    parser.description = "Write one HTML page about a run, with its pictures and tables."
     parser.add_argument(
         "run_dir",
         metavar="RUN_DIR",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ def rows(param: str, runs: Iterable[tuple[int, int]], dim: int = 0) -> list[Unit
 
 def even(size: int, parts: int) -> list[tuple[int, int]]:
     """Cut [0, size) into runs, the last one longer where it does not come out even."""
-    edges = [i * (size // parts) for i in range(parts)] + [size]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise([*(i * (size // parts) for i in range(parts)), size]))
 
 
 def some(length: int, every: int = 2) -> list[bool]:
@@ -66,8 +66,8 @@ def check(
         run: Returns an output whose weighted sum is the loss.
         inputs: Leaves whose gradients must equal the plain ones too.
         tolerance: Relative to the largest entry; by default that of the parameters' dtype.
-        exact: The output must have the same bits. PyTorch's matrix product of a strided input rounds
-            differently where the weight is a constant, so that some layers at rest cannot promise it.
+        exact: The output must have the same bits. PyTorch's product of a strided input rounds
+            differently where the weight is a constant: some layers at rest cannot promise it.
     """
     part = units if isinstance(units, Partition) else Partition(units, model)
     if tolerance is None:

@@ -22,7 +22,7 @@ GEOMETRIES = {
     "stride": {"stride": 2, "padding": 1},
     "dilation": {"dilation": 2, "padding": (1, 2)},
     "same": {"padding": "same"},
-    "same, even kernel": {"padding": "same", "kernel_size": (2, 4), "dilation": (1, 3)},
+    "same, even kernel": {"padding": "same", "kernel_size": (2, 3), "dilation": (3, 2)},
     "valid": {"padding": "valid", "bias": False},
     "reflect": {"padding": 1, "padding_mode": "reflect"},
     "circular": {"padding": (2, 1), "padding_mode": "circular"},

@@ -55,7 +55,7 @@ def test_any_sequence_of_decisions_equals_plain_steps_with_the_same_decisions(de
     part = Partition(units, model)
     twin, _ = ffn()
     gate = Gate(model, part)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in (model, twin)]
     for step, active in enumerate(decisions):
         gate.apply(torch.tensor(active))
         x = (X + step).sin()
@@ -179,6 +179,21 @@ def test_transforms_see_the_plain_model():
         gate.apply(RESTS)
         for name in params:
             assert torch.equal(found[name], expected[name])
+
+
+def test_transforms_over_inputs_see_the_plain_model():
+    model, gate = gated(RESTS)
+
+    def found() -> list[Tensor]:
+        return [
+            torch.func.vmap(model)(X),
+            torch.func.grad(lambda x: model(x).square().sum())(X),
+            torch.func.jvp(model, (X,), (X.cos(),))[1],
+        ]
+
+    inside = found()
+    gate.remove()
+    assert all(torch.equal(a, b) for a, b in zip(inside, found(), strict=True))
 
 
 def test_exchanged_parameters_are_not_gated():

@@ -76,7 +76,9 @@ def vgg() -> nn.Module:
 def resnet() -> nn.Module:
     torchvision = pytest.importorskip("torchvision")
     block = torchvision.models.resnet.Bottleneck
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3, groups=2, width_per_group=1)
+    return torchvision.models.ResNet(
+        block, [1, 1, 1, 1], num_classes=3, groups=2, width_per_group=1
+    )
 
 
 def own_bert() -> nn.Module:

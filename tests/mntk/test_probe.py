@@ -150,8 +150,10 @@ def test_probe_leaves_no_trace(output: str) -> None:
     loss = model(case.batch["input"]).square().mean()
     loss.backward()
     part = Partition(
-        [Unit("c", "filter", "0", (Slice("0.weight", 0, 1, 4),)), Unit("l", "layer", "9",
-         (Slice("9.weight"),))],
+        [
+            Unit("c", "filter", "0", (Slice("0.weight", 0, 1, 4),)),
+            Unit("l", "layer", "9", (Slice("9.weight"),)),
+        ],
         model,
     )
     before = _everything(model)

@@ -16,11 +16,7 @@ def jacobian_grams(
     model: nn.Module, scalars: Callable[[nn.Module], Tensor], part: Partition
 ) -> Tensor:
     """Return the mNTKs [L, S, S] of ``scalars(model) -> [S]``, from every entry of the Jacobian."""
-    owned = {
-        n: p.detach()
-        for n, p in model.named_parameters()
-        if n in part.owners
-    }
+    owned = {n: p.detach() for n, p in model.named_parameters() if n in part.owners}
     runner = _Runner(model, scalars)
 
     def function(parameters: dict[str, Tensor]) -> Tensor:

@@ -23,9 +23,7 @@ class Case:
 
 def parameter_units(model: nn.Module) -> Partition:
     """Return a partition with one unit per parameter."""
-    return Partition(
-        [Unit(n, "layer", n, (Slice(n),)) for n, _ in model.named_parameters()], model
-    )
+    return Partition([Unit(n, "layer", n, (Slice(n),)) for n, _ in model.named_parameters()], model)
 
 
 def mlp() -> Case:

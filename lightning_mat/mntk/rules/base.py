@@ -107,6 +107,8 @@ def explicit_forward(module: nn.Module) -> Callable[..., Any] | None:
     """Return the observing forward for a module, or None where hooks do."""
     for layer_type in type(module).__mro__:
         function = _EXPLICIT.get(layer_type)
-        if function is not None and type(module).forward is layer_type.forward:
+        if function is not None and getattr(type(module), "forward", None) is getattr(
+            layer_type, "forward", None
+        ):
             return function
     return None

@@ -40,7 +40,7 @@ class LayerNormRule:
 
 
 @cache
-def _scales_by_plain_weight(layer_type: type[nn.Module]) -> bool:
+def _scales_by_plain_weight(layer_type: type) -> bool:
     # Llama, Qwen and their relatives each define the same class; Gemma's multiplies by 1 + w, and
     # is left to the fallback.
     if not layer_type.__name__.endswith("RMSNorm"):
