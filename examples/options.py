@@ -17,7 +17,7 @@ METHODS = ("full", "mat", "random")
 DEMO: dict[str, Any] = {
     "preset": "tiny",
     "method": ["full", "mat"],
-    "max_steps": 500,
+    "max_steps": 400,
     "seq_len": 64,
     "vocab_size": 4096,
     "dropout": 0.0,

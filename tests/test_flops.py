@@ -105,10 +105,11 @@ def test_counts_that_close_in_the_order_of_opening_leave_compiled_models_compile
     first, second = flops.count(), flops.count()
     counts = [first.__enter__(), second.__enter__()]
     compiled(torch.ones(4, 3))
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
     assert [c.total for c in counts] == [48, 48]
+    first.__exit__(None, None, None)
+    compiled(torch.ones(4, 3))
     assert graphs == []
+    second.__exit__(None, None, None)
     compiled(torch.ones(4, 3))
     assert len(graphs) == 1
     torch._dynamo.reset()

@@ -23,7 +23,7 @@ __device__ inline float widen(__half x) { return __half2float(x); }
 
 // kMicro: each thread owns kMicro x kMicro elements of a tile of kSide * kMicro samples.
 template <class T, class Acc, int kMicro>
-__global__ void __launch_bounds__(kThreads) gram_kernel(GramParams p) {
+__global__ void __launch_bounds__(kThreads, 2) gram_kernel(GramParams p) {
   constexpr int kTile = kSide * kMicro;
   // + 1: threads of a warp that read one column of neighbouring samples hit different banks.
   __shared__ Acc left[kTile][kChunk + 1];

@@ -103,7 +103,8 @@ def projection(output: str, size: int, seed: int, like: Tensor) -> Tensor:
         return torch.ones(size, dtype=like.dtype, device=like.device)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-    return (signs / size**0.5).to(like)
+    vector: Tensor = signs / size**0.5
+    return vector.to(like)
 
 
 def project(output: str, logits: Tensor, seed: int) -> Tensor:

@@ -151,6 +151,14 @@ def test_a_forward_that_somebody_put_on_the_instance_stays(duplicate):
     assert model.norm.forward is own
 
 
+def test_no_rule_is_put_in_place_of_a_forward_on_the_instance():
+    model = Model()
+    model.fc.forward = _Twice(model.fc)
+    units = rows("fc.weight", even(8, 4))
+    gate = check(model, units, [True, False, False, True], lambda m: m.fc(X))
+    assert gate.in_full == ("fc.weight",)
+
+
 class _Twice:
     """An instance-level forward, as libraries that move weights around install them."""
 

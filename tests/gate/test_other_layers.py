@@ -124,6 +124,7 @@ def test_heads_of_packed_attention_are_right():
     x = X.clone().requires_grad_()
     gate = check(model, heads, [False, True], lambda m: m(x, x, x)[0], [x])
     assert gate.in_full == ("in_proj_weight", "out_proj.weight")
+    assert "forward" not in model.out_proj.__dict__  # which nobody would call
 
 
 class Tied(nn.Module):

@@ -63,6 +63,13 @@ def test_a_copy_does_not_keep_the_whole_tensor_alive():
     assert copy.untyped_storage().nbytes() == 4 * 10 * 4
 
 
+def test_short_runs_are_copied_by_index_and_long_ones_run_by_run():
+    short, long = (Selection(((0, n), (2 * n, 3 * n)), 4 * n, CPU) for n in (2, 64))
+    assert short.indexed
+    assert not long.indexed
+    assert not Selection(((3, 4),), 9, CPU).indexed
+
+
 def test_the_index_follows_a_model_that_moved():
     some = Selection(((0, 1), (2, 3)), 4, CPU)
     assert some.index(torch.device("meta")).device.type == "meta"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,8 @@ def _scales_by_plain_weight(layer_type: type) -> bool:
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    return _scales_by_plain_weight(type(module)) and hasattr(module, "variance_epsilon")
+    layer_type: Any = type(module)  # hashable, which type[Module] is not to mypy
+    return _scales_by_plain_weight(layer_type) and hasattr(module, "variance_epsilon")
 
 
 @register_layer_finder(_is_rms_norm)
