@@ -9,8 +9,10 @@ Four things over the same samples of random words, timed in turn (medians of int
 * ``vmap``: ``vmap(grad)`` in chunks, then the same Grams and eigenvalues;
 * ``loop``: one backward pass per sample, then the same Grams and eigenvalues.
 
-The three kernels are compared before anything is timed. Writes
-``benchmarks/results/probe-<preset>-<device>.json``.
+All four compute logits at all positions (``--positions all``, the plain call of a BERT) or at the
+masked ones only (``--positions masked``, as the example trains). The probe never builds them: for
+a sum of logits it needs one row of the last layer. The kernels are compared before anything is
+timed. Writes ``benchmarks/results/probe-<preset>-<positions>-<device>.json``.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ from lightning_mat.mntk import Probe
 from lightning_mat.units import Partition, partition
 
 
-def make_batch(samples: int, length: int, vocabulary: int, device: str) -> dict[str, Tensor]:
-    """Return random words, 15% of them masked."""
-    masked = max(1, round(0.15 * length))
+def make_batch(
+    samples: int, length: int, vocabulary: int, device: str, share: float = 0.15
+) -> dict[str, Tensor]:
+    """Return random words, and the positions at which logits are wanted, a share of all."""
+    masked = max(1, round(share * length))
     positions = torch.stack([torch.randperm(length)[:masked].sort()[0] for _ in range(samples)])
     return {
         "input_ids": torch.randint(0, vocabulary, (samples, length)).to(device),
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=30_522)
     parser.add_argument("--units", default="heads+ffn")
+    parser.add_argument("--positions", choices=("all", "masked"), default="all")
     parser.add_argument("--chunk", type=int, default=16, help="samples at a time for vmap(grad)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -116,7 +121,8 @@ def main() -> None:
     size = preset(args.preset, vocab_size=args.vocabulary, max_length=args.length, dropout=0.1)
     model = Bert(size).to(args.device)
     part = partition(model, args.units)
-    batch = make_batch(args.samples, args.length, args.vocabulary, args.device)
+    share = 1.0 if args.positions == "all" else 0.15
+    batch = make_batch(args.samples, args.length, args.vocabulary, args.device, share)
     inputs = {key: batch[key] for key in ("input_ids", "masked_positions")}
     probe = Probe(model, part)
 
@@ -147,7 +153,7 @@ def main() -> None:
     ratios = {name: ratio(seconds, name, "probe") for name in ways}
     device = args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     write_result(
-        f"probe-{args.preset}-{device.replace(' ', '-')}",
+        f"probe-{args.preset}-{args.positions}-{device.replace(' ', '-')}",
         {
             "settings": vars(args) | {"unit_count": len(part)},
             "seconds": summary(seconds),
@@ -159,7 +165,10 @@ def main() -> None:
         },
         device=args.device,
     )
-    print(f"BERT-{args.preset}, S = {args.samples}, T = {args.length}, {len(part)} units")
+    print(
+        f"BERT-{args.preset}, S = {args.samples}, T = {args.length}, {len(part)} units, "
+        f"logits at {args.positions} positions"
+    )
     print(f"{'':8}{'seconds':>10}{'÷ step':>10}{'÷ probe':>10}{'peak MB':>10}{'GFLOP':>10}")
     for name in ways:
         row = summary(seconds)[name]["median_seconds"]

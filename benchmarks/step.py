@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=30_522)
     parser.add_argument("--units", default="heads+ffn")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 

@@ -35,8 +35,12 @@ namespace lightning_mat {
 // kWidth elements needs a remainder.
 constexpr int64_t kPad = 8;
 
-// An extreme eigenvalue is accepted when its residual is at most this share of lambda_max.
-constexpr double kExtremesTolerance = 1e-12;
+// An extreme eigenvalue is accepted when its residual is at most this share of lambda_max. A small
+// residual says that some eigenvalue is near, not that it is the last one: eigenvalues of the low
+// end that lie within a few tolerances of each other are told apart only by going on, so that the
+// low end is taken to rounding.
+constexpr double kHighTolerance = 1e-12;
+constexpr double kLowTolerance = 1e-16;
 
 LIGHTNING_MAT_INLINE int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -239,9 +243,10 @@ LIGHTNING_MAT_INLINE bool extremes_converged(Team& team, const LanczosSpace& spa
       if (space.d[i] < space.d[low]) low = i;
     }
     const double largest = solved ? space.d[high] : NAN, smallest = solved ? space.d[low] : NAN;
-    const double residual =
-        space.beta[steps - 1] * fmax(fabs(space.last[high]), fabs(space.last[low]));
-    space.last[0] = solved && residual <= kExtremesTolerance * fabs(largest) ? 1.0 : 0.0;
+    const double beta = space.beta[steps - 1], scale = fabs(largest);
+    const bool found = beta * fabs(space.last[high]) <= kHighTolerance * scale &&
+                       beta * fabs(space.last[low]) <= kLowTolerance * scale;
+    space.last[0] = solved && found ? 1.0 : 0.0;
     space.d[0] = largest;
     space.d[1] = smallest;
   }

@@ -333,7 +333,7 @@ class MATCallback(Callback):
         samples = self._samples_for_probe(trainer) if self.policy.needs_spectra else None
         decision = mat.update(samples, step=trainer.global_step, epoch=trainer.current_epoch)
         self._decided_at = trainer.global_step
-        self._count_next = not torch.equal(before.active, decision.active) or before is decision
+        self._count_next |= not torch.equal(before.active, decision.active)
         seconds = mat.probe_seconds - spent
         self._log(trainer, _metrics(mat, seconds), trainer.global_step)
         if mat.probes > probes and decision is not before:

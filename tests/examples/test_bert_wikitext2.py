@@ -141,6 +141,18 @@ def test_resume_keeps_what_is_finished_and_goes_on_with_the_rest(small, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:the threshold rests")
+@pytest.mark.parametrize("warmup", ["0", "1"])
+def test_mat_that_rests_nothing_is_full_in_loss_and_operations(small, tmp_path, warmup):
+    options = ["--method", "full", "mat", "--alpha", "1e-9", "--beta", "0"]
+    main([*small, *options, "--warmup-epochs", warmup])
+    full, mat = json.loads((tmp_path / "out" / "result.json").read_text())["rows"]
+    assert mat["trained_share"] == 1
+    assert mat["probes"] >= 1
+    assert mat["test_loss"] == full["test_loss"]
+    assert mat["flops"] - mat["probe_flops"] == full["flops"]
+
+
+@pytest.mark.filterwarnings("ignore:the threshold rests")
 @pytest.mark.parametrize("method", ["full", "mat", "random"])
 def test_a_stopped_command_resumes_to_the_weights_of_one_never_stopped(
     small, tmp_path, monkeypatch, method

@@ -103,6 +103,23 @@ def test_channels_of_a_grouped_convolution_get_their_gradient_in_full():
     assert gate.in_full == ("weight",)
 
 
+def test_entries_of_the_bias_rest_alone():
+    for groups in (1, 2):
+        model = nn.Conv2d(4, 8, 3, groups=groups).double()
+        x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+        check(model, rows("bias", even(8, 4)), some(4), lambda m, x=x: m(x), [x])
+
+
+def test_complex_weights_get_their_gradient_in_full():
+    model = nn.Conv1d(2, 4, 1, dtype=torch.complex64)
+    gate = Gate(model, Partition(rows("weight", even(4, 2)), model))
+    gate.apply([True, False])
+    assert gate.in_full == ("weight",)
+    model(torch.randn(3, 2, 5, dtype=torch.complex64)).abs().sum().backward()
+    assert not model.weight.grad[2:].any()
+    assert model.weight.grad[:2].any()
+
+
 def test_slices_through_a_kernel_are_left_to_autograd():
     model = nn.Conv2d(2, 3, 3)
     blocks = (Block(((0, 3),), ((0, 13),)),)

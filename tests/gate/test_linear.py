@@ -244,6 +244,15 @@ def test_a_subclass_with_its_own_forward_is_not_mistaken_for_a_linear_layer():
     assert check(Renamed(IN, OUT), units, some(4), lambda m: m(x)).in_full == ()
 
 
+def test_a_conv1d_with_parameters_of_its_own_gets_its_gradient_in_full():
+    model = layer("conv1d", torch.float64)
+    model.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    units = [*rows("weight", even(IN, 2)), unit("extra", Slice("extra"))]
+    gate = Gate(model, Partition(units, model))
+    gate.apply([True, False, False])
+    assert gate.in_full == ("weight",)
+
+
 def test_complex_weights_get_their_gradient_in_full():
     model = nn.Linear(IN, OUT, dtype=torch.complex64)
     gate = Gate(model, Partition(rows("weight", even(OUT, 4)), model))
