@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from lightning_mat import flops
 from lightning_mat.engine import MAT
+from lightning_mat.ledger import Ledger
 from lightning_mat.mntk.outputs import Forward, Output, check_output
 from lightning_mat.mntk.samples import count_samples
 from lightning_mat.policies import MAT as MATPolicy
@@ -130,13 +128,8 @@ class MATCallback(Callback):
         """The engine, from the start of a fit on."""
         self._restored: dict[str, Any] | None = None
         self._store: SpectraStore | None = None
-        self._counting = ExitStack()
-        self._counter: Any = None
-        self._count_next = True
+        self._ledger = Ledger()
         self._decided_at = -1
-        self._batch_start = 0.0
-        self._flops_per_sample = 0.0
-        self._totals = dict.fromkeys(("flops", "seconds", "share", "steps"), 0.0)
 
     # ---- when to probe ---------------------------------------------------------------------
 
@@ -202,7 +195,7 @@ class MATCallback(Callback):
         if self._restored is not None:
             mat.load_state_dict(self._restored)
             self._restored = None
-        self._count_next = True
+        self._ledger.recount()
         folder = trainer.log_dir or trainer.default_root_dir
         path = Path(folder) / "mat" / "spectra.npz"
         self._store = SpectraStore(path, keep_eigenvalues=self.keep_eigenvalues)
@@ -219,9 +212,7 @@ class MATCallback(Callback):
         """Begin an episode where one is due; count the FLOPs of its first step."""
         if self.should_probe(trainer, batch_idx):
             self._begin_episode(trainer, pl_module, batch)
-        if self._count_next:
-            self._counter = self._counting.enter_context(flops.count())
-        self._batch_start = time.perf_counter()
+        self._ledger.begin()
 
     def on_train_batch_end(
         self,
@@ -234,23 +225,16 @@ class MATCallback(Callback):
         """Account for the step."""
         mat = self._mat()
         samples = _samples(batch)
-        seconds = time.perf_counter() - self._batch_start
-        if self._counter is not None:
-            self._counting.close()
-            self._flops_per_sample = self._counter.total / samples
-            self._counter, self._count_next = None, False
+        share = float(mat.active.double().mean())
+        if self._ledger.end(samples, share):
+            per_sample = self._ledger.flops_per_sample
             if bool(mat.active.all()):
-                mat.full_cost = self._flops_per_sample
+                mat.full_cost = per_sample
             counted = {
-                "step_flops": self._flops_per_sample * samples,
+                "step_flops": per_sample * samples,
                 "full_step_flops": mat.full_cost * samples,
             }
             self._log(trainer, counted, max(self._decided_at, 0))
-        share = float(mat.active.double().mean())
-        self._totals["flops"] += self._flops_per_sample * samples
-        self._totals["seconds"] += seconds
-        self._totals["share"] += share
-        self._totals["steps"] += 1
         pl_module.log("trained", share, prog_bar=True, logger=False, batch_size=samples)
 
     def on_exception(
@@ -277,7 +261,7 @@ class MATCallback(Callback):
         return {
             "mat": self.mat.state_dict(),
             "decided_at": self._decided_at,
-            "totals": dict(self._totals),
+            "ledger": self._ledger.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -286,7 +270,7 @@ class MATCallback(Callback):
             return
         self._restored = state_dict["mat"]
         self._decided_at = int(state_dict["decided_at"])
-        self._totals = {key: float(value) for key, value in state_dict["totals"].items()}
+        self._ledger.load_state_dict(state_dict["ledger"])
 
     def summary(self) -> dict[str, float | int]:
         """Return what the run has cost so far.
@@ -299,13 +283,12 @@ class MATCallback(Callback):
             ``probes``: how many.
         """
         mat = self._mat()
-        steps = max(self._totals["steps"], 1.0)
         return {
-            "flops": int(self._totals["flops"]) + mat.probe_flops,
+            "flops": self._ledger.flops + mat.probe_flops,
             "probe_flops": mat.probe_flops,
             "probe_seconds": mat.probe_seconds,
-            "seconds": self._totals["seconds"] + mat.probe_seconds,
-            "trained_share": self._totals["share"] / steps,
+            "seconds": self._ledger.seconds + mat.probe_seconds,
+            "trained_share": self._ledger.trained_share,
             "full_step_flops": int(mat.full_cost),
             "probes": mat.probes,
         }
@@ -333,7 +316,8 @@ class MATCallback(Callback):
         samples = self._samples_for_probe(trainer) if self.policy.needs_spectra else None
         decision = mat.update(samples, step=trainer.global_step, epoch=trainer.current_epoch)
         self._decided_at = trainer.global_step
-        self._count_next |= not torch.equal(before.active, decision.active)
+        if not torch.equal(before.active, decision.active):
+            self._ledger.recount()
         seconds = mat.probe_seconds - spent
         self._log(trainer, _metrics(mat, seconds), trainer.global_step)
         if mat.probes > probes and decision is not before:
@@ -377,8 +361,7 @@ class MATCallback(Callback):
             logger.log_metrics(named, step=step)
 
     def _close(self) -> None:
-        self._counting.close()
-        self._counter = None
+        self._ledger.close()
         if self.mat is not None:
             self.mat.close()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,29 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mat.mntk import ops
 from lightning_mat.mntk.collect import Collector
-from lightning_mat.mntk.head import collapsed, same_scalars, watching_outputs
-from lightning_mat.mntk.layout import CrossSampleError, Layout, find_layout, row_ids, sketch
-from lightning_mat.mntk.memory import SavedBytes, is_out_of_memory
-from lightning_mat.mntk.outputs import (
-    Forward,
-    Output,
-    check_output,
-    default_forward,
-    logits_of,
-    project,
-    sample_losses,
-    targets_of,
-)
+from lightning_mat.mntk.head import collapsed
+from lightning_mat.mntk.layout import Layout, sketch
+from lightning_mat.mntk.look import Look, look, sample_ids
+from lightning_mat.mntk.memory import is_out_of_memory
+from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
 from lightning_mat.mntk.plan import MIN_WORKSPACE, Footprint, make_plan
 from lightning_mat.mntk.quiet import PRECISIONS, quiet
-from lightning_mat.mntk.rules import explicit_forward, layer_rule
 from lightning_mat.mntk.rules.norm import NO_STATISTICS
 from lightning_mat.mntk.samples import count_samples, take_samples, to_device
+from lightning_mat.mntk.scalars import Scalars
 from lightning_mat.mntk.spectra import Spectra
-from lightning_mat.mntk.tape import Call, Tape, linked_modules, tracked_modules
+from lightning_mat.mntk.tape import Call, Tape, tracked_modules
 from lightning_mat.units.core import Partition
-
-Layouts = dict[tuple[str, int], Layout | None]
 
 
 class IrregularError(Exception):
@@ -90,17 +80,14 @@ class Probe:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.running_mean is None:
                 raise ValueError(f"layer {name!r} ({type(module).__name__}): {NO_STATISTICS}")
-        self.model, self.part, self.output = model, part, output
-        self.forward = forward or default_forward
-        self.precision, self.backend, self.seed = precision, backend, seed
+        self.model, self.part = model, part
+        self.precision, self.backend = precision, backend
         self.memory = None if memory == "auto" else int(memory)
         self.step_samples, self.keep_gram = step_samples, keep_gram
         self.modules, self.names = tracked_modules(model, tuple(part.owners), part.aliases)
-        self._head: str | None = None
-        self._layouts: Layouts | None = None
+        self._scalars = Scalars(model, output, forward or default_forward, seed)
+        self._look: Look | None = None
         self._routed = False
-        self._activations = 0
-        self._captured: dict[tuple[str, ...], int] = {}
 
     def measure(self, batch: Any) -> Spectra:
         """Return the spectra over the samples of one batch; leaves no trace in the model.
@@ -121,8 +108,10 @@ class Probe:
         device = next(self.model.parameters()).device
         batch = to_device(batch, device)
         with quiet(self.model, self.precision):
-            if self._layouts is None:
-                self._look(take_samples(batch, 0, 2))
+            if self._look is None:
+                two = take_samples(batch, 0, 2)
+                self._look = look(self._scalars, self.modules, self.names, two)
+                self._routed = self._look.routed
             micro = samples
             while True:
                 try:
@@ -151,7 +140,8 @@ class Probe:
         trainable = [p for n, p in self.model.named_parameters() if n not in self.part.frozen]
         gram_bytes = len(self.part) * samples**2 * dtype.itemsize
         gradients = sum(p.numel() * p.element_size() for p in trainable)
-        footprint = Footprint(self._activations, self._captured, gradients, gram_bytes)
+        known = self._known()
+        footprint = Footprint(known.activations, known.captured, gradients, gram_bytes)
         plan = make_plan(samples, self.step_samples or samples, footprint, self.memory, micro)
         workspace = max(MIN_WORKSPACE, plan.workspace * micro // samples)
         grams = torch.zeros(len(self.part), samples, samples, dtype=dtype, device=first.device)
@@ -181,10 +171,12 @@ class Probe:
             elif not any(call is other for other in waiting):
                 waiting.append(call)
 
-        hooked = {name: module for name, module in modules.items() if name != self._head}
+        head = self._known().head
+        hooked = {name: module for name, module in modules.items() if name != head}
         tape = Tape(hooked, self.names, arrived, samples)
         with tape.recording(), self._collapsed(tape, modules):
-            scalars = self._scalars(batch, samples)
+            compute = self._scalars if head is None else self._scalars.collapsed
+            scalars = compute(batch, samples)
         collector.begin(tape.calls, samples, last)
         layouts.update((id(call), self._layout(call, samples)) for call in tape.calls)
         ragged = any(call.rule and layouts[id(call)] is None for call in tape.calls)
@@ -218,14 +210,13 @@ class Probe:
         for call in [call for call in waiting if call.rule is not None]:
             first = routed.pop(id(call))
             plain = sketch(first, call.row_dims(first))
-            ids = _ids(call, plain, weighted[id(call)], samples)
+            ids = sample_ids(call, plain, weighted[id(call)], samples)
             call.grads = {0: first}
             collector.add_routed(call, ids.flatten(), samples)
 
     def _layout(self, call: Call, samples: int) -> Layout | None:
         """Return the layout of a call's rows, or None where they are routed."""
-        assert self._layouts is not None
-        layout = self._layouts.get(call.key)
+        layout = self._known().layouts.get(call.key)
         if call.rule is None:
             return layout
         dims = call.x_row_dims()
@@ -237,119 +228,22 @@ class Probe:
             return None
         return layout
 
-    def _scalars(self, batch: Any, samples: int) -> Tensor:
-        """Return z, shape ``[S]``.
-
-        Raises:
-            ValueError: If a callable output returns another shape.
-        """
-        if callable(self.output):
-            scalars = self.output(self.model, batch)
-            if not isinstance(scalars, Tensor) or scalars.shape != (samples,):
-                found = list(scalars.shape) if isinstance(scalars, Tensor) else type(scalars)
-                raise ValueError(
-                    f"output must return one scalar per sample, a tensor of shape [{samples}], "
-                    f"got {found}"
-                )
-            return scalars
-        result = self.forward(self.model, batch)
-        logits = logits_of(result, samples)
-        if self.output == "loss":
-            return sample_losses(self.model, logits, targets_of(batch))
-        if self._head is not None:
-            return logits.flatten(1).sum(1)
-        return project(self.output, logits, self.seed)
-
     @contextmanager
     def _collapsed(self, tape: Tape, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        if self._head is None or callable(self.output):
+        """Let the last layer give z itself where it can, reporting its call if it is tracked."""
+        head, output = self._known().head, self._scalars.output
+        if head is None or not isinstance(output, str):
             yield
             return
-        module = self.model.get_submodule(self._head)
-        assert isinstance(module, nn.Linear)
-        report = tape if self._head in modules else None
-        with collapsed(module, self._head, self.output, self.seed, report):
-            yield
-
-    def _look(self, batch: Any) -> None:
-        """Learn layouts, memory and the head from two samples."""
-        samples = count_samples(batch)
-        sketches: dict[int, list[Tensor]] = {}
-        held = dict.fromkeys(self.modules, 0)
-
-        def arrived(call: Call) -> None:
-            grad = call.grads.popitem()[1]
-            found = sketches.setdefault(id(call), [])
-            if not found or found[0].shape[:-1] == grad.shape[: call.row_dims(grad)]:
-                found.append(sketch(grad, call.row_dims(grad)))
-            held[call.site.split(":")[0]] += grad.numel() * grad.element_size()
-
-        tape = Tape(self.modules, self.names, arrived, samples)
-        saved = SavedBytes(self.model)
-        with ExitStack() as stack:
-            stack.enter_context(saved)
-            # first, so that it tells a person's own hooks from the tape's
-            head_of = stack.enter_context(watching_outputs(self.model))
-            stack.enter_context(tape.recording())
-            scalars, head = self._look_forward(batch, samples, head_of)
-        saved.add(call.x for call in tape.calls if isinstance(call.x, Tensor))
-        weights = torch.arange(1, samples + 1, device=scalars.device)
-        tape.backward(scalars, keep=True)
-        captured = {name: count // samples for name, count in held.items()}
-        plain = {key: found[0] for key, found in sketches.items()}
-        sketches.clear()
-        tape.backward(scalars, weights)
-        layouts: Layouts = {}
-        for call in tape.calls:
-            if id(call) in plain:
-                ids = _ids(call, plain[id(call)], sketches[id(call)][0], samples)
-                layouts[call.key] = find_layout(ids, samples)
-            if isinstance(call.x, Tensor):
-                each = call.x.numel() * call.x.element_size() // samples
-                captured[call.site.split(":")[0]] += each
-        self._routed = any(layout is None for layout in layouts.values())
-        self._captured = {
-            layers: sum(captured[layer] for layer in layers)
-            for layers in linked_modules(self.modules, self.names)
-        }
-        self._activations = saved.total // samples
-        self._layouts = layouts
-        self._head = self._try_head(batch, samples, head, scalars.detach())
-
-    def _look_forward(
-        self, batch: Any, samples: int, head_of: Callable[[Tensor], str | None]
-    ) -> tuple[Tensor, str | None]:
-        """Return z and the name of the linear layer that gave the logits, if one did."""
-        if callable(self.output) or self.output == "loss":
-            return self._scalars(batch, samples), None
-        logits = logits_of(self.forward(self.model, batch), samples)
-        return project(self.output, logits, self.seed), head_of(logits)
-
-    def _replayed_around(self, name: str) -> bool:
-        """Return whether a layer without a rule, which is run again later, contains another."""
-        replayed = [
-            outer
-            for outer, module in self.modules.items()
-            if layer_rule(module) is None and explicit_forward(module) is None
-        ]
-        return any(outer == "" or name.startswith(outer + ".") for outer in replayed)
-
-    def _try_head(self, batch: Any, samples: int, head: str | None, expected: Tensor) -> str | None:
-        """Return the head if z is the same without the logits, else None."""
-        if head is None or callable(self.output):
-            return None
         module = self.model.get_submodule(head)
         assert isinstance(module, nn.Linear)
-        if module.out_features == 1 or self._replayed_around(head):
-            return None
-        with collapsed(module, head, self.output, self.seed), torch.no_grad():
-            try:
-                logits = logits_of(self.forward(self.model, batch), samples)
-                same = same_scalars(expected, logits.flatten(1).sum(1))
-            except (ValueError, RuntimeError, IndexError):
-                # what follows the layer expects all logits
-                return None
-        return head if same else None
+        report = tape if head in modules else None
+        with collapsed(module, head, output, self._scalars.seed, report):
+            yield
+
+    def _known(self) -> Look:
+        assert self._look is not None
+        return self._look
 
 
 def mntk(
@@ -406,18 +300,6 @@ def mntk(
         seed=seed,
     )
     return probe.measure(batch)
-
-
-def _ids(call: Call, plain: Tensor, weighted: Tensor, samples: int) -> Tensor:
-    """Return the sample of every row of a call from the sketches of its gradients."""
-    try:
-        return row_ids(plain, weighted, plain.dim() - 1, samples)
-    except CrossSampleError as error:
-        raise ValueError(
-            f"layer {call.site!r} ({type(call.module).__name__}) has no per-sample gradient: "
-            f"{error}. A layer above it mixes the samples of a batch; leave the units below that "
-            "layer out, or replace it"
-        ) from None
 
 
 def _images(call: Call) -> bool:

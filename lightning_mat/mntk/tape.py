@@ -48,6 +48,11 @@ class Call:
     """Whether the gradient was known without a backward pass."""
 
     @property
+    def layer(self) -> str:
+        """Name of the layer, without the part."""
+        return self.site.split(":")[0]
+
+    @property
     def key(self) -> tuple[str, int]:
         """Identity of the call within a forward pass."""
         return self.site, self.number

@@ -1,0 +1,87 @@
+"""Ledger: what a run's training has cost so far, counted and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from lightning_mat import flops
+
+_SUMS = ("flops", "seconds", "shares", "batches")
+
+
+class Ledger:
+    """Adds up FLOPs, seconds and the share of units trained, batch by batch.
+
+    Counting operations slows a batch down, and a batch of the same episode costs the same per
+    sample: only the first batch after :meth:`recount` is counted.
+
+    Attributes:
+        flops_per_sample: Of the batch counted last.
+    """
+
+    def __init__(self) -> None:
+        self.flops_per_sample = 0.0
+        self._sums = dict.fromkeys(_SUMS, 0.0)
+        self._due = True
+        self._counting = ExitStack()
+        self._counter: flops.FlopCount | None = None
+        self._start = 0.0
+
+    def recount(self) -> None:
+        """Count the next batch."""
+        self._due = True
+
+    def begin(self) -> None:
+        """Note the beginning of a batch."""
+        if self._due:
+            self._counter = self._counting.enter_context(flops.count())
+        self._start = time.perf_counter()
+
+    def end(self, samples: int, share: float) -> bool:
+        """Note the end of a batch of some samples, with a share of the units trained.
+
+        Returns:
+            Whether this batch was counted.
+        """
+        seconds = time.perf_counter() - self._start
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            self._counting.close()
+            self.flops_per_sample = counter.total / samples
+            self._due = False
+        batch = (self.flops_per_sample * samples, seconds, share, 1.0)
+        for name, value in zip(_SUMS, batch, strict=True):
+            self._sums[name] += value
+        return counter is not None
+
+    def close(self) -> None:
+        """Stop counting, also in the middle of a batch."""
+        self._counter = None
+        self._counting.close()
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all batches."""
+        return round(self._sums["flops"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all batches."""
+        return self._sums["seconds"]
+
+    @property
+    def trained_share(self) -> float:
+        """Mean share of the units that trained, over the batches; 1.0 before the first."""
+        batches = self._sums["batches"]
+        return self._sums["shares"] / batches if batches else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, plain numbers."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved sums."""
+        self._sums = {name: float(state[name]) for name in _SUMS}
