@@ -149,9 +149,10 @@ class MATCallback(Callback):
     # ---- the calendar ----------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that this run can be trained with MAT."""
+        """Check that this run can be trained with MAT, and begin anew."""
         if stage != "fit":
             return
+        self._ledger, self._decided_at, self._restored = Ledger(), -1, None
         others = [c for c in trainer.callbacks if isinstance(c, MATCallback)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError(

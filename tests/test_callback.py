@@ -363,6 +363,81 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, mat(), mat())
 
 
+def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
+    callback = mat(every_n_steps=5)
+    trainer(tmp_path / "a", callback).fit(model(), data())
+    first, second = weights_of(callback), model()
+    trainer(tmp_path / "b", callback).fit(second, data())
+    assert all(map(torch.equal, first, weights(second)))
+    assert callback.mat is not None
+    assert callback.mat.history.step == [6, 11, 16, 21]
+    assert callback.summary()["probes"] == 4
+
+
+def weights_of(callback: MATCallback) -> list[Tensor]:
+    assert callback.mat is not None
+    return weights(callback.mat.model)
+
+
+def test_validation_between_and_after_fits_changes_nothing(tmp_path: Path) -> None:
+    class Validated(Small):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    torch.manual_seed(0)
+    module = Validated()
+    fit = trainer(tmp_path / "a", mat())
+    fit.fit(module, data(), data())
+    loss = fit.validate(module, data(), verbose=False)[0]["loss"]
+    plain = model()
+    trainer(tmp_path / "b", mat()).fit(plain, data())
+    assert all(map(torch.equal, weights(module), weights(plain)))
+    x, y = next(iter(data()))
+    assert loss > 0
+    assert torch.isfinite(nn.functional.cross_entropy(plain(x), y))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions(tmp_path: Path, precision: Any) -> None:
+    callback = mat()
+    watch = Watch(callback)
+    trainer(tmp_path, callback, watch, precision=precision).fit(model(), data())
+    assert callback.summary()["probes"] == 3
+    assert watch.moved == watch.active
+    assert any(not all(active) for active in watch.active)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradient_clipping_sees_the_active_units(tmp_path: Path, algorithm: str) -> None:
+    callback = mat()
+    watch = Watch(callback)
+    trainer(
+        tmp_path, callback, watch, gradient_clip_val=0.1, gradient_clip_algorithm=algorithm
+    ).fit(model(), data())
+    assert watch.moved == watch.active
+
+
+def test_several_optimizers_and_frozen_parameters(tmp_path: Path) -> None:
+    class Two(Small):
+        def __init__(self) -> None:
+            super().__init__(width=8)
+            self.net[0].bias.requires_grad_(False)
+
+        def configure_optimizers(self) -> Any:
+            # Lightning steps one optimizer automatically; its groups differ
+            first, *others = [p for p in self.parameters() if p.requires_grad]
+            groups = [{"params": [first], "lr": 0.1}, {"params": others}]
+            return torch.optim.SGD(groups, 0.05, momentum=0.9)
+
+    torch.manual_seed(0)
+    module, callback = Two(), mat()
+    frozen = module.net[0].bias.clone()
+    trainer(tmp_path, callback).fit(module, data())
+    assert torch.equal(frozen, module.net[0].bias)
+    assert not module.net[0].bias.requires_grad
+    assert callback.summary()["probes"] == 3
+
+
 def test_summary_before_a_fit_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"Trainer\.fit first"):
         mat().summary()

@@ -93,14 +93,20 @@ def look(
         if id(call) in plain:
             ids = sample_ids(call, plain[id(call)], sketches[id(call)][0], samples)
             layouts[call.key] = find_layout(ids, samples)
+    # Layers that read one input (query, key and value) keep it once, and together.
+    readers: dict[int, set[str]] = {}
+    for call in tape.calls:
         if isinstance(call.x, Tensor):
-            captured[call.layer] += call.x.numel() * call.x.element_size() // samples
+            where = call.x.untyped_storage().data_ptr()
+            if where not in readers:
+                captured[call.layer] += call.x.numel() * call.x.element_size() // samples
+            readers.setdefault(where, set()).add(call.layer)
     return Look(
         layouts,
         saved.total // samples,
         {
             layers: sum(captured[layer] for layer in layers)
-            for layers in linked_modules(modules, names)
+            for layers in linked_modules(modules, names, readers.values())
         },
         head if _dispensable(head, scalars, modules, batch, z.detach()) else None,
     )

@@ -152,12 +152,17 @@ def sample_losses(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
             targets = targets.view_as(logits) if targets.numel() == logits.numel() else targets
         if targets.shape == logits.shape:
             return (logits - targets).square().flatten(1).mean(1)
-    elif logits.shape[:-1] == targets.shape:
-        if getattr(model, "loss_type", None) == "ForCausalLM":
-            logits, targets = logits[:, :-1], targets[:, 1:]
-        return _cross_entropy(logits.movedim(-1, 1), targets)
-    elif logits.dim() > 2 and (logits.shape[0], *logits.shape[2:]) == tuple(targets.shape):
-        return _cross_entropy(logits, targets)
+    else:
+        classes_second = (logits.shape[0], *logits.shape[2:]) == tuple(targets.shape)
+        # torch's convention for images, [S, k, height, width], where both could be meant
+        if logits.dim() > 3 and classes_second:
+            return _cross_entropy(logits, targets)
+        if logits.shape[:-1] == targets.shape:
+            if getattr(model, "loss_type", None) == "ForCausalLM":
+                logits, targets = logits[:, :-1], targets[:, 1:]
+            return _cross_entropy(logits.movedim(-1, 1), targets)
+        if logits.dim() == 3 and classes_second:
+            return _cross_entropy(logits, targets)
     raise ValueError(
         f"logits of shape {list(logits.shape)} and targets of shape {list(targets.shape)} and type "
         f'{targets.dtype} do not fit output="loss": pass output=callable (model, batch) -> [S]'

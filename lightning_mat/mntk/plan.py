@@ -70,10 +70,35 @@ def make_plan(
     if samples <= micro and (samples <= step_samples if budget is None else one_pass <= limit):
         everything = tuple(name for names in footprint.captured for name in names)
         return Plan(samples, (everything,), workspace)
-    # small micro-batches leave the most room for what has to wait, at the least cost in passes
-    fitting = (limit - fixed) // max(1, 4 * footprint.activations)
-    size = max(1, min(micro, samples, step_samples, fitting))
-    room = limit - fixed - size * footprint.activations
+    # Smaller micro-batches leave more room for what has to wait, down to one sample at a time.
+    largest_micro = max(1, min(micro, samples, step_samples))
+    sizes = [largest_micro >> k for k in range(largest_micro.bit_length())]
+    grouped = {size: _group(samples, footprint, limit - fixed, size) for size in sizes}
+    fitting = [s for s in sizes if _fits(samples, footprint, limit - fixed, s)] or [1]
+    size = min(fitting, key=lambda size: (_passes(grouped[size], samples, size), -size))
+    return Plan(size, grouped[size], workspace)
+
+
+# A micro-batch below this many samples keeps the processor less busy.
+_SMALL = 4
+
+
+def _passes(groups: tuple[tuple[str, ...], ...], samples: int, size: int) -> float:
+    """Return what a plan costs, in passes over all samples."""
+    return len(groups) * (1.0 if size >= min(_SMALL, samples) else 1.5)
+
+
+def _fits(samples: int, footprint: Footprint, budget: int, size: int) -> bool:
+    """Return whether the largest layer fits beside a micro-batch's activations."""
+    largest = max(footprint.captured.values(), default=0)
+    return samples * largest + size * footprint.activations <= budget
+
+
+def _group(
+    samples: int, footprint: Footprint, budget: int, size: int
+) -> tuple[tuple[str, ...], ...]:
+    """Return the layers in groups whose tensors fit beside a micro-batch's activations."""
+    room = budget - size * footprint.activations
     groups: list[list[str]] = [[]]
     held = 0
     for names, each in footprint.captured.items():
@@ -83,4 +108,4 @@ def make_plan(
             held = 0
         groups[-1].extend(names)
         held += need
-    return Plan(size, tuple(tuple(group) for group in groups), workspace)
+    return tuple(tuple(group) for group in groups)

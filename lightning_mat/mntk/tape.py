@@ -8,7 +8,7 @@ added to the output of every tracked layer that has no tracked layer below it. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,17 +282,30 @@ def tracked_modules(
 
 
 def linked_modules(
-    modules: Mapping[str, nn.Module], names: Mapping[int, str]
+    modules: Mapping[str, nn.Module],
+    names: Mapping[int, str],
+    together: Iterable[set[str]] = (),
 ) -> list[tuple[str, ...]]:
-    """Return the layers in groups, such that layers with a common parameter are in one group."""
-    groups: list[tuple[list[str], set[str]]] = []
+    """Return the layers in groups, such that layers with a common parameter are in one group.
+
+    Args:
+        modules: The tracked layers, by name.
+        names: The tracked parameters' names, by ``id``.
+        together: Sets of layers to keep in one group for other reasons.
+    """
+    users: dict[str, set[str]] = {}
     for layer, module in modules.items():
         deep = explicit_forward(module) is not None
-        own = {names[id(p)] for p in module.parameters(recurse=deep) if id(p) in names}
-        joined = [group for group in groups if group[1] & own]
-        merged = ([n for group in joined for n in group[0]] + [layer], own)
-        for group in joined:
-            merged[1].update(group[1])
-        groups = [group for group in groups if not any(group is other for other in joined)]
-        groups.append(merged)
-    return [tuple(layers) for layers, _ in groups]
+        for parameter in module.parameters(recurse=deep):
+            if id(parameter) in names:
+                users.setdefault(names[id(parameter)], set()).add(layer)
+    group_of = {layer: {layer} for layer in modules}
+    for linked in (*users.values(), *together):
+        merged = set().union(*(group_of[layer] for layer in linked))
+        group_of.update(dict.fromkeys(merged, merged))
+    groups: list[tuple[str, ...]] = []
+    for layer in modules:
+        group = tuple(other for other in modules if other in group_of[layer])
+        if group[0] == layer:
+            groups.append(group)
+    return groups

@@ -71,6 +71,29 @@ def test_little_memory_gives_the_same_spectra(name: str, memory: int) -> None:
     assert worst(spectra.gram, expected) < 1e-5
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_halves_of_every_parameter_along_either_dimension(name: str, dim: int) -> None:
+    case = make(name)
+    units = []
+    for parameter, value in case.model.named_parameters():
+        along = dim if value.dim() > dim else 0
+        cut = value.shape[along] // 2
+        bounds = [(0, cut), (cut, None)] if cut else [(0, None)]
+        units += [
+            Unit(f"{parameter}.{i}", "layer", "", (Slice(parameter, along, start, stop),))
+            for i, (start, stop) in enumerate(bounds)
+        ]
+    part = Partition(units, case.model)
+    expected = jacobian_grams(case.model, by_sample(case), part)
+    for options in ({}, {"memory": 30_000}, {"backend": "eager"}):
+        found = mntk(case.model, case.batch, part, keep_gram=True, **options)  # type: ignore[arg-type]
+        assert found.gram is not None
+        error = (found.gram - expected).flatten(1).norm(dim=1)
+        size = expected.flatten(1).norm(dim=1)
+        assert (error <= 1e-5 * size + 1e-9 * size.max()).all()
+
+
 def test_slices_of_rows_columns_and_both() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8)).double()
     x = torch.randn(5, 3, 6, dtype=torch.float64)
@@ -255,12 +278,70 @@ def test_nan_in_one_unit_is_reported_as_nan_there() -> None:
         ({"forward": lambda m, b: "text"}, "no logits were found"),
         ({"output": lambda m, b: m(b)}, "one scalar per sample"),
         ({"output": "loss"}, "found no targets"),
+        ({"backend": "numpy"}, "backend must be"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     model = nn.Linear(3, 3)
     with pytest.raises(ValueError, match=message):
         mntk(model, torch.randn(4, 3), parameter_units(model), **change)
+
+
+def test_an_embedding_that_scales_by_frequency_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True"):
+        mntk(model, torch.randint(0, 5, (4, 3)), parameter_units(model))
+
+
+def test_attention_with_extra_keys_is_refused() -> None:
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    model = Extra()
+    with pytest.raises(ValueError, match="layer 'attention' uses add_bias_kv"):
+        mntk(model, torch.randn(4, 3, 4), parameter_units(model))
+
+
+def test_targets_and_logits_that_do_not_fit_are_named() -> None:
+    model = nn.Linear(3, 3)
+    batch = (torch.randn(4, 3), torch.zeros(4, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="do not fit output"):
+        mntk(model, batch, parameter_units(model), output="loss")
+    with pytest.raises(ValueError, match="neither .inputs,. nor .inputs, targets."):
+        mntk(model, (batch[0],) * 3, parameter_units(model))
+
+
+def test_logits_in_the_usual_wrappings() -> None:
+    model = nn.Linear(3, 3)
+    part = parameter_units(model)
+    x = torch.randn(4, 3)
+    expected = mntk(model, x, part).eigenvalues
+    wraps: list[Any] = [
+        lambda m, b: {"logits": m(b)},
+        lambda m, b: (m(b), None),
+        lambda m, b: type("Output", (), {"logits": m(b)})(),
+    ]
+    for wrap in wraps:
+        assert torch.allclose(mntk(model, x, part, forward=wrap).eigenvalues, expected)
+
+
+def test_image_losses_have_classes_in_the_second_dimension() -> None:
+    model = nn.Conv2d(2, 3, 1).double()
+    x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    y = torch.randint(0, 3, (4, 3, 3))
+    part = parameter_units(model)
+
+    def losses(module: nn.Module) -> Tensor:
+        cross_entropy = nn.functional.cross_entropy
+        return torch.stack([cross_entropy(module(x)[i : i + 1], y[i : i + 1]) for i in range(4)])
+
+    found = mntk(model, (x, y), part, output="loss", keep_gram=True)
+    assert worst(found.gram, jacobian_grams(model, losses, part)) < 1e-9
 
 
 def test_bad_batches_are_named() -> None:
