@@ -133,9 +133,9 @@ def _method_callback(method: str, args: argparse.Namespace) -> MATCallback | Ful
         return FullStepCost()
     return MATCallback(
         units=args.units,
-        policy=policies.Random(0.5, seed=args.seed) if method == "random" else None,
-        alpha=args.alpha,
-        beta=args.beta,
+        policy=policies.Random(0.5, seed=args.seed)
+        if method == "random"
+        else policies.MAT(args.alpha, args.beta),
         every_n_epochs=args.every_n_epochs,
         every_n_steps=args.every_n_steps,
         warmup_epochs=args.warmup_epochs,

@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from lightning_mat.engine import MAT
+from lightning_mat.gate.gate import SKIPS
 from lightning_mat.ledger import Ledger
 from lightning_mat.mntk.outputs import Forward, Output, check_output
+from lightning_mat.mntk.probe import check_settings
 from lightning_mat.mntk.samples import count_samples
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Policy
@@ -105,13 +107,27 @@ class MATCallback(Callback):
                 f"n_samples must be ≥ 2, got {n_samples}: an mNTK needs at least two samples"
             )
         for name, value, least in (
+            ("n_samples", n_samples, 2),
             ("every_n_epochs", every_n_epochs, 1),
             ("every_n_steps", 1 if every_n_steps is None else every_n_steps, 1),
             ("warmup_epochs", warmup_epochs, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be ≥ {least}, got {value}")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number ≥ {least}, got {value}")
+        if every_n_steps is not None and every_n_epochs != 1:
+            raise ValueError(
+                f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are two "
+                "calendars: give one"
+            )
+        if policy is not None and (alpha, beta, protect) != (0.1, 1e-3, True):
+            raise ValueError(
+                "alpha, beta and protect belong to the default policy, but policy= is given, too: "
+                f"pass them to {type(policy).__name__}(...)"
+            )
+        if skip not in SKIPS:
+            raise ValueError(f"skip must be one of {SKIPS}, got {skip!r}")
         check_output(output)
+        check_settings(precision, memory)
         self.policy: Policy = MATPolicy(alpha, beta, protect=protect) if policy is None else policy
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.warmup_epochs, self.n_samples, self.seed = warmup_epochs, n_samples, seed
@@ -128,6 +144,7 @@ class MATCallback(Callback):
         """The engine, from the start of a fit on."""
         self._restored: dict[str, Any] | None = None
         self._store: SpectraStore | None = None
+        self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
         self._decided_at = -1
 
@@ -153,6 +170,9 @@ class MATCallback(Callback):
         if stage != "fit":
             return
         self._ledger, self._decided_at, self._restored = Ledger(), -1, None
+        if self.mat is not None:
+            for optimizer in self.mat.optimizers:
+                optimizer.unwrap()
         others = [c for c in trainer.callbacks if isinstance(c, MATCallback)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError(
@@ -185,23 +205,30 @@ class MATCallback(Callback):
         )
         if isinstance(self.policy, MATPolicy):
             self.policy.check_kinds(self.mat.part.kinds)
+        if getattr(self.policy, "budget", None) is not None and not self.warmup_epochs:
+            raise ValueError(
+                "a policy with a budget needs the cost of a full step, which is counted in the "
+                "warm-up: set warmup_epochs to at least 1"
+            )
         trainer.strategy.optimizers = list(self.mat.optimizers)
+        self._restore()
         log.info("MAT trains these units adaptively:\n%s", self.mat.part.describe())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the data, and take up a restored run's decision."""
         mat = self._mat()
+        self._restore()
+        mat.apply()
         if self.policy.needs_spectra:
-            check_loader(self._loader(trainer), self.n_samples)
-        if self._restored is not None:
-            mat.load_state_dict(self._restored)
-            self._restored = None
+            mat.prepare(self._samples_for_probe(trainer))
         self._ledger.recount()
         folder = trainer.log_dir or trainer.default_root_dir
         path = Path(folder) / "mat" / "spectra.npz"
         self._store = SpectraStore(path, keep_eigenvalues=self.keep_eigenvalues)
         if trainer.global_step:
             self._try_to_write(lambda store: store.truncate(trainer.global_step))
+        elif trainer.is_global_zero and path.exists():
+            self._try_to_write(lambda store: _move_aside(store.path.parent))
 
     def on_train_batch_start(
         self,
@@ -229,8 +256,9 @@ class MATCallback(Callback):
         share = float(mat.active.double().mean())
         if self._ledger.end(samples, share):
             per_sample = self._ledger.flops_per_sample
-            if bool(mat.active.all()):
-                mat.full_cost = per_sample
+            resting = float(mat.table().cost[~mat.active].sum())
+            if resting == 0 or mat.full_cost == 0:
+                mat.full_cost = per_sample + resting
             counted = {
                 "step_flops": per_sample * samples,
                 "full_step_flops": mat.full_cost * samples,
@@ -257,8 +285,8 @@ class MATCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain types; loads under ``torch.load(weights_only=True)``."""
-        if self.mat is None:
-            return {}
+        if self.mat is None or self._restored is not None:
+            return self._loaded
         return {
             "mat": self.mat.state_dict(),
             "decided_at": self._decided_at,
@@ -267,6 +295,7 @@ class MATCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved run's state until its training starts."""
+        self._loaded = state_dict
         if not state_dict:
             return
         self._restored = state_dict["mat"]
@@ -280,7 +309,9 @@ class MATCallback(Callback):
             ``flops``: counted, of the training steps and the probes. ``probe_flops``: of the
             probes. ``probe_seconds`` and ``seconds``: wall clock, of the probes, and of the
             training batches and the probes. ``trained_share``: mean share of the units that
-            trained, over the batches. ``full_step_flops``: per sample, with everything training.
+            trained, over the batches. ``full_step_flops``: per sample, with everything training,
+            as counted in the warm-up; without one, the first step's plus the weight gradients of
+            what rested in it, which is a lower bound.
             ``probes``: how many.
         """
         mat = self._mat()
@@ -295,6 +326,12 @@ class MATCallback(Callback):
         }
 
     # ---- details ---------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Take up a saved run's state, once it and the engine are both there."""
+        if self._restored is not None and self.mat is not None:
+            self.mat.load_state_dict(self._restored)
+            self._restored, self._loaded = None, {}
 
     def _mat(self) -> MAT:
         if self.mat is None:
@@ -348,7 +385,7 @@ class MATCallback(Callback):
             return
         try:
             write(self._store)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             warnings.warn(
                 f"cannot write the spectra to {self._store.path} ({error}): training goes on "
                 "without them",
@@ -365,6 +402,14 @@ class MATCallback(Callback):
         self._ledger.close()
         if self.mat is not None:
             self.mat.close()
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename an earlier run's folder, so that a new run neither mixes with it nor loses it."""
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
 def _samples(batch: Any) -> int:

@@ -152,6 +152,14 @@ class MAT:
         self.apply()
         return self.decision
 
+    def prepare(self, batch: Any) -> None:
+        """Look at the model with a few samples, to find early what cannot be measured."""
+        self.gate.remove()
+        try:
+            self.probe.prepare(batch)
+        finally:
+            self.gate.apply(self.active)
+
     def measure(self, batch: Any) -> Spectra:
         """Return the spectra over a batch of samples, and account for what that cost."""
         start = time.perf_counter()

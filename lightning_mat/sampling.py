@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_mat.mntk.quiet import kept_random_streams
 
@@ -28,18 +28,31 @@ def check_loader(loader: object, n_samples: int) -> DataLoader[Any]:
             "MATCallback(probe_data=DataLoader(...)) to say what to draw the probe from"
         )
     dataset = loader.dataset
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         raise ValueError(
-            f"the training dataset {type(dataset).__name__} has no length or no indexing "
-            "(iterable datasets have neither), so that no samples can be drawn from it: pass "
-            "MATCallback(probe_data=DataLoader(...)) over a dataset that has both"
+            f"the training dataset {type(dataset).__name__} has no length or no index, "
+            "so that no samples can be drawn from it: pass MATCallback(probe_data=DataLoader(...)) "
+            "over a dataset that has both"
         )
-    if n_samples > len(dataset):
+    if loader.batch_sampler is None:
         raise ValueError(
-            f"n_samples is {n_samples}, but the training dataset has {len(dataset)} samples: "
-            f"lower n_samples to at most {len(dataset)}"
+            "the training dataloader has batch_size=None: its dataset gives batches, not samples. "
+            "Pass MATCallback(probe_data=DataLoader(...)) over single samples"
+        )
+    available = len(_indices(loader))
+    if n_samples > available:
+        raise ValueError(
+            f"n_samples is {n_samples}, but the training dataset has {available} samples: "
+            f"lower n_samples to at most {available}"
         )
     return loader
+
+
+def _indices(loader: DataLoader[Any]) -> Sequence[int]:
+    """Return the samples that training may see: a sampler's subset, else all."""
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        return loader.sampler.indices
+    return range(len(loader.dataset))  # type: ignore[arg-type]
 
 
 def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any:
@@ -49,14 +62,17 @@ def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any
     (torch, Python, NumPy) are as before, also where the dataset augments its samples at random.
 
     Args:
-        loader: Its dataset and its ``collate_fn`` are used; its sampler is not.
+        loader: Its dataset and its ``collate_fn`` are used; of its sampler only the subset of a
+            ``SubsetRandomSampler``.
         n_samples: S.
         seed: Of the run.
         number: Of the probe, from 0.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     dataset: Any = loader.dataset
-    index = torch.randperm(len(dataset), generator=generator)[:n_samples].tolist()
+    available = _indices(loader)
+    order = torch.randperm(len(available), generator=generator)[:n_samples].tolist()
+    index = [available[i] for i in order]
     with kept_random_streams(seed=seed * 1_000_003 + number):
         fetch = getattr(dataset, "__getitems__", None)
         samples = fetch(index) if fetch is not None else [dataset[i] for i in index]

@@ -20,9 +20,12 @@ from lightning_mat import MAT, MATCallback, policies
 from lightning_mat.report.store import SpectraStore, read
 from tests.lightning_models import Points, Small, data, model, trainer, weights
 
+AUTO: dict[str, Any] = {"alpha": "auto"}
+
 
 def mat(**options: Any) -> MATCallback:
-    return MATCallback(**({"units": "layers", "alpha": "auto", "n_samples": 8} | options))
+    defaults = {"units": "layers", "n_samples": 8} | ({} if "policy" in options else AUTO)
+    return MATCallback(**(defaults | options))
 
 
 class Watch(pl.Callback):
@@ -263,7 +266,7 @@ def test_named_in_a_lightning_cli_config(tmp_path: Path) -> None:
     config.write_text(
         "trainer:\n  accelerator: cpu\n  callbacks:\n"
         "    - class_path: lightning_mat.MATCallback\n"
-        "      init_args:\n        units: layers\n        alpha: {layer: 0.2}\n"
+        "      init_args:\n        units: layers\n"
         "        policy:\n          class_path: lightning_mat.policies.Random\n"
         "          init_args: {fraction: 0.25}\n"
     )
@@ -299,13 +302,19 @@ class Muonic(Small):
     ("options", "message"),
     [
         ({"n_samples": 1}, "n_samples must be ≥ 2, got 1"),
+        ({"n_samples": 4.5}, "n_samples must be a whole number"),
+        ({"skip": "layers"}, "skip must be one of"),
+        ({"precision": "int4"}, "precision must be one of"),
+        ({"memory": 0}, "memory must be"),
+        ({"policy": policies.Full(), "alpha": 0.2}, "belong to the default policy"),
+        ({"every_n_epochs": 2, "every_n_steps": 5}, "two calendars"),
         ({"alpha": 1.0}, "alpha"),
         ({"alpha": 0.0}, "alpha"),
         ({"alpha": "automatic"}, "alpha"),
         ({"beta": -1.0}, "beta"),
-        ({"every_n_epochs": 0}, "every_n_epochs must be ≥ 1, got 0"),
-        ({"every_n_steps": 0}, "every_n_steps must be ≥ 1, got 0"),
-        ({"warmup_epochs": -1}, "warmup_epochs must be ≥ 0, got -1"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number ≥ 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number ≥ 1, got 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be a whole number ≥ 0, got -1"),
         ({"output": "logits"}, "output must be one of"),
     ],
 )
@@ -318,12 +327,10 @@ def test_bad_arguments_are_named_at_construction(options: dict[str, Any], messag
     ("options", "message"),
     [
         ({"n_samples": 97}, "n_samples is 97, but the training dataset has 96"),
-        ({"skip": "layers"}, "skip must be one of"),
         ({"units": "heads"}, "heads"),
         ({"units": "neurons"}, "neurons"),
         ({"alpha": {"haed": 0.1}}, "haed"),
-        ({"precision": "int4"}, "precision must be one of"),
-        ({"memory": 0}, "memory must be"),
+        ({"policy": policies.MAT(budget=0.8), "warmup_epochs": 0}, "set warmup_epochs to at"),
         ({"probe_data": [1]}, "is a list, not one DataLoader"),
     ],
 )
@@ -341,7 +348,7 @@ def test_bad_arguments_are_named_at_the_start(
     [
         (Manual, data, "manual optimization"),
         (Muonic, data, "LBFGS"),
-        (Small, lambda: DataLoader(Stream(), batch_size=8), "Stream has no length"),
+        (Small, lambda: DataLoader(Stream(), batch_size=8), "Stream has no length or no index"),
         (Small, lambda: {"a": data(), "b": data()}, "not one DataLoader"),
     ],
 )
@@ -436,6 +443,64 @@ def test_several_optimizers_and_frozen_parameters(tmp_path: Path) -> None:
     assert torch.equal(frozen, module.net[0].bias)
     assert not module.net[0].bias.requires_grad
     assert callback.summary()["probes"] == 3
+
+
+def test_resuming_a_finished_run_keeps_its_state(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    callback = mat()
+    trainer(tmp_path / "a", callback, save, enable_checkpointing=True).fit(model(), data())
+    again = mat()
+    fit = trainer(tmp_path / "b", again)
+    fit.fit(Small(), data(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.summary() == callback.summary()
+    assert again.state_dict()["mat"]["units"] == callback.state_dict()["mat"]["units"]
+
+
+def test_the_full_cost_is_known_without_a_warm_up(tmp_path: Path) -> None:
+    counted, whole = mat(warmup_epochs=0), mat(policy=policies.Full())
+    trainer(tmp_path / "a", counted).fit(model(), data())
+    trainer(tmp_path / "b", whole).fit(model(), data())
+    # a resting prefix saves input gradients, too, which nobody counted
+    full = whole.summary()["full_step_flops"]
+    assert 0.6 * full <= counted.summary()["full_step_flops"] <= full
+
+
+def test_an_earlier_runs_file_is_moved_aside(tmp_path: Path) -> None:
+    trainer(tmp_path, mat(), logger=False).fit(model(), data())
+    other = model(width=8)
+    trainer(tmp_path, mat(warmup_epochs=2), logger=False).fit(other, data())
+    assert read(tmp_path / "mat/spectra.npz").step.tolist() == [12, 18]
+    assert read(tmp_path / "mat.1/spectra.npz").step.tolist() == [6, 12, 18]
+
+
+def test_an_optimizer_may_be_kept_across_fits(tmp_path: Path) -> None:
+    class Kept(Small):
+        def configure_optimizers(self) -> Any:
+            if not hasattr(self, "kept"):
+                self.kept = torch.optim.SGD(self.parameters(), 0.05)
+            return self.kept
+
+    torch.manual_seed(0)
+    module, callback = Kept(), mat()
+    for turn in range(2):
+        trainer(tmp_path / str(turn), callback).fit(module, data())
+        assert callback.summary()["probes"] == 3
+
+
+def test_what_cannot_be_probed_is_found_at_the_start(tmp_path: Path) -> None:
+    class NoForward(Small):
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return self.net(x) * scale
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0], 2.0).square().mean()
+
+    torch.manual_seed(0)
+    module = NoForward()
+    before = weights(module)
+    with pytest.raises(ValueError, match="cannot call NoForward.*pass forward="):
+        trainer(tmp_path, mat(warmup_epochs=3)).fit(module, data())
+    assert all(map(torch.equal, before, weights(module)))
 
 
 def test_summary_before_a_fit_is_an_error() -> None:

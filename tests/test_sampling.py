@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 
 from lightning_mat.mntk.samples import count_samples, take_samples, to_device
 from lightning_mat.sampling import check_loader, draw
@@ -61,3 +61,32 @@ def test_samples_of_nested_batches() -> None:
     assert taken["b"][0].tolist() == [1, 2]
     assert taken["b"][1][1] == "text"
     assert to_device(batch, torch.device("cpu"))["a"] is batch["a"]
+
+
+def test_drawing_does_not_seed_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    draw(DataLoader(Augmented()), 4, seed=0, number=0)
+    assert not seeded
+
+
+def test_a_subset_sampler_is_respected() -> None:
+    loader = DataLoader(Augmented(), sampler=SubsetRandomSampler([3, 5, 7, 9]))
+    drawn = draw(check_loader(loader, 4), 4, seed=0, number=0)
+    assert sorted(drawn[:, 0].tolist()) == [3, 5, 7, 9]
+    with pytest.raises(ValueError, match="n_samples is 5, but the training dataset has 4"):
+        check_loader(loader, 5)
+
+
+def test_streams_and_datasets_of_batches_are_refused() -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __len__(self) -> int:
+            return 20
+
+        def __iter__(self) -> Any:
+            return iter([])
+
+    with pytest.raises(ValueError, match="Stream has no length or no index"):
+        check_loader(DataLoader(Stream()), 4)
+    with pytest.raises(ValueError, match="batch_size=None"):
+        check_loader(DataLoader(Augmented(), batch_size=None), 4)

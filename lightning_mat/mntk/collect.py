@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_mat.mntk.accumulate import add_to_grams
 from lightning_mat.mntk.factors import Factor, Zero, add_uses, stack_samples
 from lightning_mat.mntk.fallback import fallback_factors
 from lightning_mat.mntk.layout import Layout, Ragged
+from lightning_mat.mntk.plan import MIN_WORKSPACE
 from lightning_mat.mntk.tape import Call
 from lightning_mat.units.unit import Rect
 
@@ -114,3 +116,46 @@ class Collector:
         add_to_grams(self.grams, factor, owned, workspace=self.workspace, backend=self.backend)
         for unit, rect in owned:
             self.cost[unit] += factor.flops_per_element * rect.numel
+
+
+class GradientSum(Collector):
+    """Adds per-sample gradients up over the samples, to compare them with the plain gradient.
+
+    Args:
+        expected: The plain gradient of every owned parameter.
+    """
+
+    def __init__(self, expected: Mapping[str, Tensor]) -> None:
+        nothing = torch.empty(0)
+        super().__init__({}, nothing, nothing, MIN_WORKSPACE, "auto")
+        self.expected = dict(expected)
+        self.sizes = {name: float(gradient.norm()) for name, gradient in expected.items()}
+        self.errors = dict(self.sizes)
+
+    def _flush(self, name: str) -> None:
+        factor = stack_samples(list(self._batches.pop(name).values()))
+        expected = self.expected.pop(name).view(factor.rows, factor.columns)
+        rows = max(1, self.workspace // (4 * factor.samples * max(factor.columns, 1)))
+        squared = 0.0
+        for start in range(0, factor.rows, rows):
+            stop = min(start + rows, factor.rows)
+            found = factor.block(start, stop).sum(0)
+            squared += float((found - expected[start:stop]).square().sum())
+        self.errors[name] = squared**0.5
+
+    def check(self, tolerance: float) -> None:
+        """Compare the sums.
+
+        Raises:
+            ValueError: If a parameter's gradient is not the sum of what its layers' calls gave.
+        """
+        # gradients that cancel (a key's bias) are rounding noise
+        noise = 1e-2 * tolerance * max(self.sizes.values(), default=0.0)
+        for name, error in self.errors.items():
+            if error > tolerance * self.sizes[name] + noise:
+                raise ValueError(
+                    f"parameter {name!r} is used where no call of its layer shows it (through "
+                    "its tensor, layer.forward(...), or a ParameterList), so that its per-sample "
+                    "gradients would be incomplete: call the layer itself, or leave the parameter "
+                    "out of the units"
+                )

@@ -19,6 +19,9 @@ from torch import Tensor
 
 _PROJECTIONS = 4
 
+NOTHING, BROKEN = -1, -2
+"""In the place of a row's sample: its gradient is zero, or not finite."""
+
 # Rows whose gradient is smaller than this share of the largest row's are not judged.
 _NOISE = 1e-4
 
@@ -69,15 +72,17 @@ class Ragged:
     """Rows in no regular order, with a number per sample that differs (routed tokens)."""
 
     ids: Tensor
-    """Sample of each row, int64, shape ``[rows]``; -1 for rows without a gradient."""
+    """Sample of each row, int64, shape ``[rows]``, or NOTHING, or BROKEN."""
 
     def to_samples(self, rows: Tensor, row_dims: int, samples: int) -> Tensor:
         """Return the rows by sample, padded with zeros: [*rows, *item] → [S, longest, *item]."""
         item = rows.shape[row_dims:]
         rows = rows.reshape(-1, *item)
-        known = (self.ids >= 0).nonzero().squeeze(-1)
-        order = known[self.ids[known].argsort(stable=True)]
-        owner = self.ids[order]
+        # whose row holds NaN cannot be told: any sample's NaN makes the unit's spectrum NaN
+        ids = self.ids.masked_fill(self.ids == BROKEN, 0)
+        known = (ids != NOTHING).nonzero().squeeze(-1)
+        order = known[ids[known].argsort(stable=True)]
+        owner = ids[order]
         counts = torch.bincount(owner, minlength=samples)
         first = counts.cumsum(0) - counts
         place = torch.arange(len(order), device=owner.device) - first[owner]
@@ -116,7 +121,8 @@ def row_ids(plain: Tensor, weighted: Tensor, row_dims: int, samples: int) -> Ten
         samples: S.
 
     Returns:
-        int64, shape ``[*rows]``; -1 for rows whose gradient is zero or not finite.
+        int64, shape ``[*rows]``; NOTHING (-1) for rows whose gradient is zero, BROKEN (-2) for
+        rows whose gradient is NaN or Inf.
 
     Raises:
         CrossSampleError: If a row's gradient is multiplied by anything but one sample's weight.
@@ -142,14 +148,15 @@ def row_ids(plain: Tensor, weighted: Tensor, row_dims: int, samples: int) -> Ten
         raise CrossSampleError(
             f"{int((loud & ~clean).sum())} of {len(first)} rows have gradients from several samples"
         )
-    return torch.where(clean, ids - 1, -torch.ones_like(ids)).long().view(shape)
+    found = torch.where(clean, ids - 1, torch.full_like(ids, NOTHING))
+    return torch.where(finite, found, torch.full_like(ids, BROKEN)).long().view(shape)
 
 
 def find_layout(ids: Tensor, samples: int) -> Layout | None:
     """Return the regular layout that agrees with the known rows, or None if none does.
 
     Args:
-        ids: Sample of each row, shape ``[*rows]``, -1 where unknown.
+        ids: Sample of each row, shape ``[*rows]``, negative where unknown.
         samples: S.
 
     Example:

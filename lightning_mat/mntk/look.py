@@ -28,6 +28,8 @@ class Look:
         activations: Bytes per sample that a pass saves.
         captured: Bytes per sample of the inputs and output gradients of tracked layers, which
             share an entry where they share a parameter.
+        unsure: Whether some layer had no gradient at all (an output initialised to zero), so that
+            nothing was learned about its rows.
         head: Name of the linear layer whose output is the logits, if z can do without them.
     """
 
@@ -35,6 +37,7 @@ class Look:
     activations: int
     captured: dict[tuple[str, ...], int]
     head: str | None
+    unsure: bool
 
     @property
     def routed(self) -> bool:
@@ -89,10 +92,14 @@ def look(
     sketches.clear()
     tape.backward(z, torch.arange(1, samples + 1, device=z.device))
     layouts: dict[tuple[str, int], Layout | None] = {}
+    unsure = False
     for call in tape.calls:
         if id(call) in plain:
             ids = sample_ids(call, plain[id(call)], sketches[id(call)][0], samples)
-            layouts[call.key] = find_layout(ids, samples)
+            if (ids < 0).all():
+                unsure = True
+            else:
+                layouts[call.key] = find_layout(ids, samples)
     # Layers that read one input (query, key and value) keep it once, and together.
     readers: dict[int, set[str]] = {}
     for call in tape.calls:
@@ -109,6 +116,7 @@ def look(
             for layers in linked_modules(modules, names, readers.values())
         },
         head if _dispensable(head, scalars, modules, batch, z.detach()) else None,
+        unsure,
     )
 
 

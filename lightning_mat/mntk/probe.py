@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mat.mntk import ops
-from lightning_mat.mntk.collect import Collector
+from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
 from lightning_mat.mntk.layout import Layout, sketch
 from lightning_mat.mntk.look import Look, look, sample_ids
@@ -26,9 +26,22 @@ from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.mntk.tape import Call, Tape, tracked_modules
 from lightning_mat.units.core import Partition
 
+TOO_LARGE = (
+    "a probe of one or two samples at a time does not fit the memory: lower n_samples or the "
+    "length of the samples"
+)
+
 
 class IrregularError(Exception):
     """A layer's rows are not laid out as they were when the model was first looked at."""
+
+
+def check_settings(precision: str, memory: str | int) -> None:
+    """Raise a ValueError if a precision or a memory bound is none."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if memory != "auto" and (not isinstance(memory, int) or memory <= 0):
+        raise ValueError(f'memory must be "auto" or a positive number of bytes, got {memory!r}')
 
 
 class Probe:
@@ -71,10 +84,7 @@ class Probe:
         seed: int = 0,
     ) -> None:
         check_output(output)
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-        if memory != "auto" and (not isinstance(memory, int) or memory <= 0):
-            raise ValueError(f'memory must be "auto" or a positive number of bytes, got {memory!r}')
+        check_settings(precision, memory)
         if not len(part):
             raise ValueError("the partition has no units: there is nothing to measure")
         for name, module in model.named_modules():
@@ -108,10 +118,7 @@ class Probe:
         device = next(self.model.parameters()).device
         batch = to_device(batch, device)
         with quiet(self.model, self.precision):
-            if self._look is None:
-                two = take_samples(batch, 0, 2)
-                self._look = look(self._scalars, self.modules, self.names, two)
-                self._routed = self._look.routed
+            self._prepare(batch)
             micro = samples
             while True:
                 try:
@@ -123,15 +130,74 @@ class Probe:
                     if not is_out_of_memory(error):
                         raise
                     if micro == 1:
-                        raise RuntimeError(
-                            "a probe of one sample at a time does not fit the memory: lower "
-                            "n_samples or the length of the samples"
-                        ) from error
+                        raise RuntimeError(TOO_LARGE) from error
                     micro = max(1, micro // 2)
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
         values = ops.gram_eigenvalues(grams, backend=self.backend).cpu().clamp_min(0)
         return Spectra(self.part.names, values, cost, grams.cpu() if self.keep_gram else None)
+
+    def prepare(self, batch: Any) -> None:
+        """Look at the model, as the first measurement does, to find early what cannot be measured.
+
+        Args:
+            batch: At least two samples.
+
+        Raises:
+            ValueError: As :meth:`measure`.
+        """
+        batch = to_device(batch, next(self.model.parameters()).device)
+        with quiet(self.model, self.precision):
+            self._prepare(batch)
+
+    def _prepare(self, batch: Any) -> None:
+        if self._look is not None and not self._look.unsure:
+            return
+        two = take_samples(batch, 0, 2)
+        try:
+            self._look = look(self._scalars, self.modules, self.names, two)
+            self._routed = self._look.routed
+            self._verify(two)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"the probe cannot call {type(self.model).__name__} with a batch of type "
+                f"{type(batch).__name__} ({error}): pass forward=lambda model, batch: ... that "
+                "returns the logits"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise RuntimeError(TOO_LARGE) from error
+            raise
+
+    def _verify(self, batch: Any) -> None:
+        """Compare the layers' per-sample gradients, added up, with the plain gradient.
+
+        Raises:
+            ValueError: If a parameter is used where no layer's call shows it.
+        """
+        samples = count_samples(batch)
+        owned = {name: p for name, p in self.model.named_parameters() if name in self.part.owners}
+        for parameter in owned.values():
+            parameter.requires_grad_(True)
+        try:
+            total = self._scalars(batch, samples).sum()
+            plain = torch.autograd.grad(
+                total, list(owned.values()), allow_unused=True, materialize_grads=True
+            )
+        finally:
+            for parameter in owned.values():
+                parameter.requires_grad_(False)
+        expected = dict(zip(owned, plain, strict=True))
+        collector = GradientSum(expected)
+        while True:
+            try:
+                self._pass(batch, self.modules, collector, last=True)
+                break
+            except IrregularError:
+                self._routed = True
+                collector = GradientSum(expected)
+        collector.finish()
+        collector.check(1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2)
 
     def _measure(self, batch: Any, samples: int, micro: int) -> tuple[Tensor, Tensor]:
         """Return the Grams ``[L, S, S]`` and the costs ``[L]``."""
@@ -197,22 +263,31 @@ class Probe:
         samples: int,
     ) -> None:
         """Learn the samples of routed rows from a second backward pass with weights s + 1."""
-        routed = {id(call): call.grads.pop(0) for call in waiting if call.rule is not None}
+        calls = [call for call in waiting if call.rule is not None]
+        first = {id(call): call.grads.pop(0) for call in calls}
+        plain = {
+            id(call): sketch(first[id(call)], call.row_dims(first[id(call)])) for call in calls
+        }
         weighted: dict[int, Tensor] = {}
 
         def arrived(call: Call) -> None:
             grad = call.grads.popitem()[1]
-            if id(call) in routed:
+            if id(call) in plain:
                 weighted[id(call)] = sketch(grad, call.row_dims(grad))
 
         tape.arrived = arrived
-        tape.backward(scalars, torch.arange(1, samples + 1, device=scalars.device))
-        for call in [call for call in waiting if call.rule is not None]:
-            first = routed.pop(id(call))
-            plain = sketch(first, call.row_dims(first))
-            ids = sample_ids(call, plain, weighted[id(call)], samples)
-            call.grads = {0: first}
-            collector.add_routed(call, ids.flatten(), samples)
+        exact = all(grad.dtype in (torch.float32, torch.float64) for grad in first.values())
+        ids: dict[int, Tensor] = {}
+        for weights, place, count in _weights(samples, exact):
+            tape.backward(scalars, weights.to(scalars.device), keep=True)
+            for call in calls:
+                found = sample_ids(call, plain[id(call)], weighted[id(call)], count)
+                # a row without a gradient, or with NaN, is negative in every pass
+                before = ids.get(id(call), torch.zeros_like(found))
+                ids[id(call)] = torch.where(found < 0, found, before + place * found)
+        for call in calls:
+            call.grads = {0: first.pop(id(call))}
+            collector.add_routed(call, ids[id(call)].flatten(), samples)
 
     def _layout(self, call: Call, samples: int) -> Layout | None:
         """Return the layout of a call's rows, or None where they are routed."""
@@ -300,6 +375,20 @@ def mntk(
         seed=seed,
     )
     return probe.measure(batch)
+
+
+def _weights(samples: int, exact: bool) -> Iterator[tuple[Tensor, int, int]]:
+    """Yield (weights, place value, how many values) of the passes that tell the samples apart.
+
+    One pass with weights 1 … S where products are exact enough; else one pass per binary digit of
+    the sample's number, with weights 1 and 2, which no floating-point format rounds.
+    """
+    number = torch.arange(samples)
+    if exact:
+        yield number + 1, 1, samples
+        return
+    for bit in range(max(1, (samples - 1).bit_length())):
+        yield 1 + ((number >> bit) & 1), 1 << bit, 2
 
 
 def _images(call: Call) -> bool:

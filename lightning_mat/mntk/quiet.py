@@ -32,7 +32,12 @@ def quiet(model: nn.Module, precision: str = "float32") -> Iterator[None]:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     training = {module: module.training for module in model.modules()}
     frozen = {p: p.requires_grad for p in model.parameters()}
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [
+        (module, name, b, b._version, b.detach().clone())
+        for module in training
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(kept_random_streams(cuda))
@@ -53,7 +58,8 @@ def quiet(model: nn.Module, precision: str = "float32") -> Iterator[None]:
             for module, flag in training.items():
                 module.training = flag
             with torch.no_grad():
-                for buffer, version, before in buffers:
+                for module, name, buffer, version, before in buffers:
+                    module._buffers[name] = buffer
                     if buffer._version != version:
                         buffer.copy_(before)
 
@@ -66,15 +72,18 @@ def kept_random_streams(
 
     Args:
         devices: GPUs whose streams are kept, too.
-        seed: If given, the block starts with all of them seeded.
+        seed: If given, the block starts with those of the CPU seeded.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices})):
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    numbers = {current if d.index is None else d.index for d in devices}
+    with torch.random.fork_rng(devices=sorted(numbers)):
         try:
             if seed is not None:
-                torch.manual_seed(seed)
+                # torch.manual_seed would seed the GPUs, too, whose streams are not restored
+                torch.default_generator.manual_seed(seed)
                 random.seed(seed)
                 if numpy is not None:
                     numpy.random.seed(seed % 2**32)

@@ -143,12 +143,13 @@ class Tape:
     def _for_each_sample(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Give every sample rows of its own of an embedding that is looked up once for all.
 
-        Position embeddings are: [1, T] or [T] indices, whose output is broadcast over the samples.
+        Position embeddings are: [1, T] indices, or 0 … T - 1, broadcast over the samples.
         Their gradient would arrive summed over the samples.
         """
         if x.dim() == 2 and x.shape[0] == 1:
             return x.expand(self.samples, -1), y.expand(self.samples, -1, -1)
-        if x.dim() == 1 and x.shape[0] % self.samples:
+        positions = torch.arange(x.shape[0], device=x.device) if x.dim() == 1 else None
+        if positions is not None and len(positions) > 2 and torch.equal(x, positions.to(x)):
             return x.expand(self.samples, -1), y.expand(self.samples, -1, -1)
         return x, y
 
@@ -217,6 +218,12 @@ class Tape:
         return call
 
     def _watch(self, call: Call, leaf: int, y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                f"layer {call.site!r} runs without gradients (no_grad, or reentrant "
+                "checkpointing), so that it cannot be measured: pass forward=... that calls the "
+                "model with gradients, or leave the layer out of the units"
+            )
         if not y.requires_grad:
             if self.anchor is None:
                 self.anchor = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)

@@ -49,6 +49,8 @@ def test_ids_come_from_the_weights() -> None:
     plain[0, 0], weighted[0, 0] = 0, 0
     found = row_ids(plain, weighted, 2, 4)
     assert found.tolist() == [[-1, 3, 1], [2, 2, 0]]
+    plain[1, 1, 2] = float("nan")
+    assert row_ids(plain, weighted, 2, 4).tolist() == [[-1, 3, 1], [2, -2, 0]]
 
 
 def test_rounding_noise_is_not_taken_for_mixing() -> None:

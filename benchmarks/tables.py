@@ -1,0 +1,111 @@
+"""Markdown tables of the committed results: `python -m benchmarks.tables` prints README's.
+
+A test checks that README shows exactly what this prints, so that no number there lacks a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a result by its file's name without the ending."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(result: dict[str, Any]) -> str:
+    """Return the machine and the versions of a result, in a line."""
+    e = result.get("environment") or result["environments"]["mat"]
+    return f"{e['cpu']}, {e['threads']} threads, torch {e['torch']}, {e['time'][:10]}"
+
+
+def probe() -> str:
+    """Return what a probe costs beside other ways to the same kernels."""
+    rows = []
+    for positions in ("all", "masked"):
+        result = load(f"probe-mini-{positions}-cpu")
+        median = {name: row["median_seconds"] for name, row in result["seconds"].items()}
+        peak = {name: f"{count / 1e6:.0f} MB" for name, count in result["peak_bytes"].items()}
+        for name, text in (
+            ("probe", "the probe"),
+            ("step", "one forward and backward pass"),
+            ("vmap", "`vmap(grad)` in chunks"),
+            ("loop", "a loop over samples"),
+        ):
+            ratio = f"{result['times_probe'][name]:.2f}×"
+            rows.append([positions, text, f"{median[name]:.2f} s", ratio, peak[name]])
+    head = (
+        "logits at positions",
+        "BERT-mini, 64 samples of 128 words",
+        "median",
+        "÷ probe",
+        "peak",
+    )
+    return markdown(head, rows)
+
+
+def step() -> str:
+    """Return what a step costs by the share of the units that trains."""
+    result = load("step-small-cpu")
+    rows = []
+    for name, row in result["steps"].items():
+        kept = "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
+        median = result["seconds"][name]["median_seconds"]
+        rows.append(
+            [
+                "plain" if name == "plain" else f"{row['trained_share']:.0%} trained",
+                f"{median:.2f} s",
+                f"{row['time_ratio']:.3f}",
+                f"{row['flops_ratio']:.3f}",
+                kept,
+            ]
+        )
+    head = ("step of BERT-small, 16 × 128 words", "median", "t / t_full", "F / F_full", "kept")
+    return markdown(head, rows)
+
+
+def job() -> str:
+    """Return the main job on WikiText-2."""
+    result = load("bert-mini-wikitext2-cpu")
+    rows = [
+        [
+            row["method"],
+            f"{row['test_loss']:.3f}",
+            str(row["steps"]),
+            f"{row['flops'] / 1e15:.4g}",
+            f"{row['seconds']:.0f}",
+            f"{row['probe_seconds'] / row['seconds']:.1%}",
+            f"{row['trained_share']:.0%}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ("BERT-mini", "test loss", "steps", "PFLOPs", "seconds", "probes", "units trained")
+    return markdown(head, rows)
+
+
+def main() -> str:
+    """Return all tables, each with its machine."""
+    parts = []
+    for table, name in (
+        (probe(), "probe-mini-all-cpu"),
+        (step(), "step-small-cpu"),
+        (job(), "bert-mini-wikitext2-cpu"),
+    ):
+        parts.append(f"{table}\n\n*{where(load(name))}; `benchmarks/results/{name}.json`*")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(main())
