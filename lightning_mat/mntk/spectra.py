@@ -77,7 +77,7 @@ class Spectra:
         """
         values = self.eigenvalues.clamp_min(0)
         total = values.sum(-1, keepdim=True)
-        share = values / total.clamp_min(torch.finfo(torch.float64).tiny)
+        share = values / torch.where(total > 0, total, 1.0)
         rank = (-torch.xlogy(share, share).sum(-1)).exp()
         return torch.where(total.squeeze(-1) > 0, rank, values.sum(-1))
 
