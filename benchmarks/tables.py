@@ -98,12 +98,12 @@ def job() -> str:
 def main() -> str:
     """Return all tables, each with its machine."""
     parts = []
-    for table, name in (
-        (probe(), "probe-mini-all-cpu"),
-        (step(), "step-small-cpu"),
-        (job(), "bert-mini-wikitext2-cpu"),
+    for table, name, files in (
+        (probe(), "probe-mini-all-cpu", "probe-mini-*-cpu"),
+        (step(), "step-small-cpu", "step-small-cpu"),
+        (job(), "bert-mini-wikitext2-cpu", "bert-mini-wikitext2-cpu"),
     ):
-        parts.append(f"{table}\n\n*{where(load(name))}; `benchmarks/results/{name}.json`*")
+        parts.append(f"{table}\n\n*{where(load(name))}; `benchmarks/results/{files}.json`*")
     return "\n\n".join(parts)
 
 

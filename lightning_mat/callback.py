@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_mat.engine import MAT
@@ -102,7 +103,7 @@ class MATCallback(Callback):
         keep_eigenvalues: bool = True,
     ) -> None:
         super().__init__()
-        if n_samples < 2:
+        if isinstance(n_samples, int) and n_samples < 2:
             raise ValueError(
                 f"n_samples must be ≥ 2, got {n_samples}: an mNTK needs at least two samples"
             )
@@ -266,6 +267,18 @@ class MATCallback(Callback):
             self._log(trainer, counted, max(self._decided_at, 0))
         pl_module.log("trained", share, prog_bar=True, logger=False, batch_size=samples)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the calendar never came to a probe."""
+        mat = self._mat()
+        if mat.episode == 0 and mat.probes == 0:
+            warnings.warn(
+                f"MAT never measured: training ended after {trainer.current_epoch} epochs and "
+                f"{trainer.global_step} steps, before its first episode (warmup_epochs="
+                f"{self.warmup_epochs}). Lower warmup_epochs, and set every_n_steps if an epoch "
+                "is long",
+                stacklevel=2,
+            )
+
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
@@ -361,7 +374,7 @@ class MATCallback(Callback):
         if mat.probes > probes and decision is not before:
             self._keep(mat, seconds, trainer)
         for line in decision.summary().splitlines():
-            log.info("MAT at step %d: %s", trainer.global_step, line)
+            rank_zero_info(f"MAT at step {trainer.global_step}: {line}")
 
     def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
         """Return a batch from the training set, on the device, as a training step would get it."""

@@ -503,6 +503,11 @@ def test_what_cannot_be_probed_is_found_at_the_start(tmp_path: Path) -> None:
     assert all(map(torch.equal, before, weights(module)))
 
 
+def test_a_run_that_never_measured_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="MAT never measured.*Lower warmup_epochs"):
+        trainer(tmp_path, mat(warmup_epochs=5), max_epochs=1).fit(model(), data())
+
+
 def test_summary_before_a_fit_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"Trainer\.fit first"):
         mat().summary()
