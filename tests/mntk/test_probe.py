@@ -463,13 +463,21 @@ def test_a_layer_without_a_gradient_is_looked_at_again() -> None:
 
 def test_routed_rows_are_told_apart_in_bfloat16() -> None:
     case = make("mixture", torch.float32)
+    x = torch.randn(48, 10, 5)
+    routes: list[Tensor] = []
+    handle = case.model.router.register_forward_hook(lambda m, a, y: routes.append(y.argmax(-1)))
     with torch.no_grad():
-        case.model.router.weight.mul_(50)  # so that rounding re-routes no token
-    x = torch.randn(40, 10, 5)
-    part = parameter_units(case.model.requires_grad_(True))
+        case.model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            case.model(x)
+    handle.remove()
+    # a token that rounding sends to another expert makes another kernel: leave its sample out
+    x = x[(routes[0] == routes[1]).view(48, 10).all(1)]
+    assert len(x) > 32
+    part = parameter_units(case.model)
     single = mntk(case.model, x, part).lambda_max
     half = mntk(case.model, x, part, precision="bf16").lambda_max
-    assert ((half - single).abs() <= 0.05 * single + 1e-3 * single.max()).all()
+    assert ((half - single).abs() <= 0.05 * single).all()
 
 
 def test_a_forward_without_gradients_is_named() -> None:
