@@ -108,17 +108,24 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
 
 
 def write_result(
-    name: str, content: Mapping[str, Any], *, device: torch.device | str = "cpu"
+    name: str,
+    content: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
 ) -> Path:
-    """Write ``benchmarks/results/<name>.json``: the content and its environment; return the path.
+    """Write ``<folder>/<name>.json``: the content and its environment; return the path.
+
+    The folder is ``benchmarks/results`` if none is given.
 
     Raises:
         ValueError: If the content has a NaN or an infinity, which JSON has no word for.
     """
     result = {"schema": 1, **content, "environment": environment(device)}
     text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(text + "\n", encoding="utf-8")
     return path
 

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -20,8 +22,24 @@ from setuptools import Extension
 ROOT = Path(__file__).resolve().parent.parent
 # Compute capabilities compiled for without TORCH_CUDA_ARCH_LIST, as far as the compiler knows them.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0")
-CPU_SOURCES = ("csrc/ops.cpp", "csrc/cpu/gram.cpp", "csrc/cpu/spectrum.cpp")
-CUDA_SOURCES = ("csrc/cuda/gram.cu", "csrc/cuda/spectrum.cu")
+CPU_SOURCES = (
+    "csrc/ops.cpp",
+    "csrc/pass.cpp",
+    "csrc/form.cpp",
+    "csrc/ghost.cpp",
+    "csrc/cpu/backend.cpp",
+    "csrc/cpu/ghost.cpp",
+    "csrc/cpu/gram.cpp",
+    "csrc/cpu/spectrum.cpp",
+)
+CUDA_SOURCES = (
+    "csrc/cuda/backend.cpp",
+    "csrc/cuda/gram.cu",
+    "csrc/cuda/ghost.cu",
+    "csrc/cuda/spectrum.cu",
+    "csrc/cuda/upload.cu",
+)
+LOG = "_build.log"
 HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 # -Xptxas -v: registers, shared memory and spills of every kernel are in the build's log.
 NVCC_FLAGS = ["-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "-Xcompiler", "-Wall"]
@@ -135,6 +153,28 @@ def build_header(plan: Plan, version: str, torch_version: str) -> str:
     return "".join(["#pragma once\n", *lines, compiler])
 
 
+@contextmanager
+def kept_output(path: Path) -> Iterator[None]:
+    """Write what this process and its compilers print to a file as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminals = [os.dup(1), os.dup(2)]
+    tee = subprocess.Popen(["tee", str(path)], stdin=subprocess.PIPE, stdout=terminals[0])
+    assert tee.stdin is not None
+    try:
+        os.dup2(tee.stdin.fileno(), 1)
+        os.dup2(tee.stdin.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, terminal in enumerate(terminals, start=1):
+            os.dup2(terminal, number)
+            os.close(terminal)
+        tee.stdin.close()
+        tee.wait()
+
+
 def configure() -> dict[str, object]:
     """Return setup()'s arguments for the extension; none where torch is missing (archives)."""
     if importlib.util.find_spec("torch") is None:
@@ -162,9 +202,15 @@ def configure() -> dict[str, object]:
             for extension in self.extensions:
                 extension.include_dirs.insert(0, str(folder))
             what = f"C++ and CUDA ({plan.arch_list})" if plan.cuda else "C++ only"
-            print(f"lightning_mat: compiling {what} against torch {torch.__version__}")
-            print(f"lightning_mat: because {plan.reason}", flush=True)
-            super().build_extensions()
+            with kept_output(folder / LOG):
+                print(f"lightning_mat: compiling {what} against torch {torch.__version__}")
+                print(f"lightning_mat: because {plan.reason}", flush=True)
+                super().build_extensions()
+            # Beside the library: what its kernels need is tested.
+            source = [ROOT] if self.inplace or getattr(self, "editable_mode", False) else []
+            for root in (Path(self.build_lib), *source):
+                if (root / "lightning_mat").is_dir():
+                    shutil.copy(folder / LOG, root / "lightning_mat" / LOG)
 
     return {
         "ext_modules": [_extension(cpp_extension, plan)],

@@ -14,28 +14,40 @@ namespace lightning_mat {
 
 enum class Scalar { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-// A rectangle of a chunk's per-sample gradients and the unit that owns it: rows [r0, r1), columns
-// [c0, c1). It is one row of the int64 tensor `pieces`, read in place.
+// How products of float32 elements are formed on the device: three TF32 terms (float32's accuracy),
+// or one.
+enum class Precision { kFloat32, kTF32 };
+
+// A block of per-sample gradients, [samples, rows, columns]: where it lies, or what it is formed
+// from.
+struct Block {
+  const void* grad;                                  // null where it is formed on chip
+  int64_t sample_stride, row_stride, column_stride;  // in elements
+  // On chip: grad[s][r][c] = sum over t of b[s][t][r] * a[s][t][c]. Strides in elements.
+  const void* a;
+  const void* b;
+  int64_t a_sample, a_token, a_column;
+  int64_t b_sample, b_token, b_row;
+  int64_t tokens;
+};
+
+// A rectangle of a block and the target that owns it: rows [r0, r1), columns [c0, c1).
 struct Piece {
   int64_t unit, r0, r1, c0, c1;
 };
-static_assert(sizeof(Piece) == 5 * sizeof(int64_t), "Piece mirrors one row of `pieces`");
+static_assert(sizeof(Piece) == 5 * sizeof(int64_t), "Piece mirrors five words of a plan");
 
-// The pieces [first, last) of one unit.
-struct Segment {
-  int64_t first, last;
+// What one block gives to one target: the pieces [first, last).
+struct Share {
+  int64_t block, first, last;
 };
 
-// grams[u] += sum over the pieces of u of V V^T, V = grad[:, r0:r1, c0:c1] as [samples, elements].
-struct GramParams {
-  const void* grad;
-  int64_t sample_stride, row_stride, column_stride;  // in elements
-  const Piece* pieces;
-  const Segment* segments;
-  int64_t segment_count;
-  void* grams;  // [units, samples, samples], contiguous
-  int64_t samples;
-  Scalar grad_type, gram_type;
+// A Gram that is added to: gram = (gram + share) + share ..., and then solved where it is complete.
+struct Target {
+  int64_t slot;         // its Gram is grams[slot]
+  int64_t first, last;  // its shares, in the order in which they are added
+  int64_t fresh;        // nonzero: the Gram starts at zero, whatever the memory holds
+  int64_t row;          // its eigenvalues go to eigenvalues[row] now; -1 where more is to come
 };
 
 // Eigenvalues of `count` symmetric matrices [samples, samples], contiguous.
@@ -43,18 +55,18 @@ struct SpectrumParams {
   const void* grams;
   Scalar gram_type;
   int64_t count, samples;
-  double* eigenvalues;  // [count, samples] descending, or null where only the extremes are wanted
-  double* largest;      // [count], where only the extremes are wanted
-  double* smallest;     // [count], likewise
-  double* workspace;    // lanczos_workspace(samples) doubles for every worker
-  int64_t workers;      // how many Grams are worked on at a time
+  const int64_t* which;  // [count][2]: Gram and row of the results; null: both are 0, 1, ...
+  double* eigenvalues;   // [rows, samples] descending, or null where only the extremes are wanted
+  double* largest;       // [rows], where only the extremes are wanted
+  double* smallest;      // [rows], likewise
+  double* workspace;     // lanczos_workspace(samples) doubles for every worker
+  int64_t workers;       // how many Grams are worked on at a time
 };
 
 void cpu_spectrum(const SpectrumParams& p);
 
 #ifdef LIGHTNING_MAT_WITH_CUDA
-// Return the launch's error, for the caller to raise with the shapes in its message.
-cudaError_t cuda_gram_accumulate(const GramParams& p, cudaStream_t stream);
+// Returns the launch's error, for the caller to raise with the shapes in its message.
 cudaError_t cuda_spectrum(const SpectrumParams& p, cudaStream_t stream);
 #endif
 

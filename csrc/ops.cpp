@@ -4,21 +4,27 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/gram.h"
+#include "cpu/backend.h"
 #include "lanczos.h"
 #include "lightning_mat_build.h"  // written by build_tools/extension.py
 #include "mntk.h"
+#include "pass.h"
+#include "plan.h"
 
 #ifdef LIGHTNING_MAT_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include "cuda/backend.h"
 #endif
 
 namespace lightning_mat {
@@ -72,11 +78,10 @@ const Piece* piece_data(const Tensor& pieces) {
   return reinterpret_cast<const Piece*>(pieces.const_data_ptr<int64_t>());
 }
 
-// Checks the pieces themselves and returns where each unit's begin and end.
-std::vector<Segment> check_pieces(const Tensor& grams, const Tensor& grad, const Tensor& pieces) {
+// Checks the pieces themselves.
+void check_pieces(const Tensor& grams, const Tensor& grad, const Tensor& pieces) {
   const Piece* all = piece_data(pieces);
   const int64_t units = grams.size(0), rows = grad.size(1), columns = grad.size(2);
-  std::vector<Segment> segments;
   for (int64_t k = 0; k < pieces.size(0); ++k) {
     const Piece& p = all[k];
     TORCH_CHECK_VALUE(p.unit >= 0 && p.unit < units, "pieces[", k, "] belongs to unit ", p.unit,
@@ -89,10 +94,7 @@ std::vector<Segment> check_pieces(const Tensor& grams, const Tensor& grad, const
     TORCH_CHECK_VALUE(k == 0 || all[k - 1].unit <= p.unit, "pieces[", k, "] belongs to unit ",
                       p.unit, " and follows one of unit ", all[k - 1].unit,
                       ": sort the pieces by unit");
-    if (k == 0 || all[k - 1].unit != p.unit) segments.push_back({k, k});
-    segments.back().last = k + 1;
   }
-  return segments;
 }
 
 SpectrumParams spectrum_params(const Tensor& grams) {
@@ -132,6 +134,67 @@ std::tuple<Tensor, Tensor> extremes_with(const Tensor& input, Solve solve) {
   return {largest, smallest};
 }
 
+// A pass's arguments, checked; the plan is decoded.
+std::vector<LayerPlan> check_pass(const Tensor& grams, const Tensor& eigenvalues,
+                                  const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                                  const Tensor& plan, const std::string& precision,
+                                  int64_t workspace) {
+  check_grams(grams);
+  TORCH_CHECK_VALUE(grams.is_contiguous() && eigenvalues.is_contiguous(),
+                    "grams and eigenvalues must be contiguous, since they are modified in place, "
+                    "got strides ",
+                    grams.strides(), " and ", eigenvalues.strides());
+  TORCH_CHECK_VALUE(eigenvalues.dim() == 2 && eigenvalues.size(1) == grams.size(1) &&
+                        eigenvalues.scalar_type() == at::kDouble &&
+                        eigenvalues.device() == grams.device(),
+                    "eigenvalues must be a float64 tensor [units, ", grams.size(1), "] on ",
+                    grams.device(), ", got shape ", eigenvalues.sizes(), " of type ",
+                    eigenvalues.scalar_type(), " on ", eigenvalues.device());
+  TORCH_CHECK_VALUE(plan.dim() == 1 && plan.scalar_type() == at::kLong && plan.device().is_cpu() &&
+                        plan.is_contiguous(),
+                    "plan must be a contiguous int64 tensor [words] on the CPU, got shape ",
+                    plan.sizes(), " of type ", plan.scalar_type(), " on ", plan.device());
+  TORCH_CHECK_VALUE(precision == "float32" || precision == "tf32" || precision == "bf16",
+                    "precision must be float32, tf32 or bf16, got ", precision);
+  TORCH_CHECK_VALUE(workspace > 0, "workspace must be a positive number of bytes, got ", workspace);
+  TORCH_CHECK_VALUE(a.size() == b.size(), "a and b must come in pairs, got ", a.size(), " and ",
+                    b.size());
+  for (const std::vector<Tensor>& tensors : {a, b}) {
+    for (const Tensor& t : tensors) {
+      TORCH_CHECK_VALUE(t.device() == grams.device(), "a captured tensor is on ", t.device(),
+                        " and grams on ", grams.device(), ": put all on one device");
+    }
+  }
+  try {
+    return decode_plan(plan.const_data_ptr<int64_t>(), plan.numel(), grams.size(0),
+                       eigenvalues.size(0), grams.size(1));
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+// Runs a whole pass: Grams and eigenvalues start as zeros, `accumulate` adds to them.
+template <class Accumulate>
+std::tuple<Tensor, Tensor> spectra_with(const std::vector<Tensor>& b, int64_t units,
+                                        int64_t samples, int64_t slots, bool keep_grams,
+                                        Accumulate accumulate) {
+  TORCH_CHECK_VALUE(!b.empty(), "no layers were captured: pass at least one pair a, b");
+  TORCH_CHECK_VALUE(units >= 0 && samples >= 0 && slots >= 0,
+                    "units, samples and slots must not be "
+                    "negative, got ",
+                    units, ", ", samples, " and ", slots);
+  TORCH_CHECK_VALUE(!keep_grams || slots == units, "to keep ", units,
+                    " Grams takes as many slots, got ", slots);
+  bool wide = true;  // float64 Grams where everything captured is
+  for (const Tensor& t : b) wide = wide && t.scalar_type() == at::kDouble;
+  const auto options = b[0].options().requires_grad(false);
+  const Tensor grams =
+      at::zeros({slots, samples, samples}, options.dtype(wide ? at::kDouble : at::kFloat));
+  const Tensor eigenvalues = at::zeros({units, samples}, options.dtype(at::kDouble));
+  accumulate(grams, eigenvalues);
+  return {eigenvalues, keep_grams ? grams : at::empty({0, samples, samples}, grams.options())};
+}
+
 // ---- CPU ------------------------------------------------------------------------------------
 
 void gram_accumulate_cpu(const Tensor& grams, const Tensor& grad, const Tensor& pieces) {
@@ -141,6 +204,24 @@ void gram_accumulate_cpu(const Tensor& grams, const Tensor& grad, const Tensor& 
 }
 
 void solve_on_cpu(const Tensor&, const SpectrumParams& p) { cpu_spectrum(p); }
+
+void mntk_accumulate_cpu(const Tensor& grams, const Tensor& eigenvalues,
+                         const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                         const Tensor& plan, std::string precision, int64_t workspace) {
+  const auto layers = check_pass(grams, eigenvalues, a, b, plan, precision, workspace);
+  run_pass(*cpu_backend(grams, eigenvalues), layers, a, b, grams.size(1), workspace);
+}
+
+std::tuple<Tensor, Tensor> mntk_spectra_cpu(const std::vector<Tensor>& a,
+                                            const std::vector<Tensor>& b, const Tensor& plan,
+                                            int64_t units, int64_t samples, int64_t slots,
+                                            std::string precision, int64_t workspace,
+                                            bool keep_grams) {
+  return spectra_with(b, units, samples, slots, keep_grams,
+                      [&](const Tensor& grams, const Tensor& eigenvalues) {
+                        mntk_accumulate_cpu(grams, eigenvalues, a, b, plan, precision, workspace);
+                      });
+}
 
 Tensor gram_eigenvalues_cpu(const Tensor& grams) { return eigenvalues_with(grams, solve_on_cpu); }
 
@@ -152,60 +233,36 @@ std::tuple<Tensor, Tensor> gram_extremes_cpu(const Tensor& grams) {
 
 #ifdef LIGHTNING_MAT_WITH_CUDA
 
-// What the eigenvalue kernel may take for its work matrices at a time.
-constexpr int64_t kWorkspaceBytes = 64 << 20;
-
-// Copies host values to the device on the current stream, without waiting for it: the pinned
-// buffer stays reserved until the copy is done.
-template <class T>
-Tensor upload(const T* values, int64_t count, const at::Device& device) {
-  constexpr int64_t kWords = sizeof(T) / sizeof(int64_t);
-  const auto options = at::TensorOptions().dtype(at::kLong);
-  const Tensor pinned = at::empty({count * kWords}, options.pinned_memory(true));
-  std::copy_n(reinterpret_cast<const int64_t*>(values), count * kWords,
-              pinned.mutable_data_ptr<int64_t>());
-  return pinned.to(device, /*non_blocking=*/true);
-}
-
 void gram_accumulate_cuda(const Tensor& grams, const Tensor& grad, const Tensor& pieces) {
   check_accumulate(grams, grad, pieces);
-  const std::vector<Segment> segments = check_pieces(grams, grad, pieces);
-  if (segments.empty() || grad.numel() == 0) return;
+  check_pieces(grams, grad, pieces);
   const c10::cuda::CUDAGuard guard(grams.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Tensor device_pieces = upload(piece_data(pieces), pieces.size(0), grams.device());
-  const Tensor device_segments =
-      upload(segments.data(), static_cast<int64_t>(segments.size()), grams.device());
-  GramParams p{};
-  p.grad = grad.const_data_ptr();
-  p.sample_stride = grad.stride(0);
-  p.row_stride = grad.stride(1);
-  p.column_stride = grad.stride(2);
-  p.pieces = reinterpret_cast<const Piece*>(device_pieces.const_data_ptr<int64_t>());
-  p.segments = reinterpret_cast<const Segment*>(device_segments.const_data_ptr<int64_t>());
-  p.segment_count = static_cast<int64_t>(segments.size());
-  p.grams = grams.mutable_data_ptr();
-  p.samples = grams.size(1);
-  p.grad_type = scalar_of(grad);
-  p.gram_type = scalar_of(grams);
-  const cudaError_t error = cuda_gram_accumulate(p, stream);
-  TORCH_CHECK(error == cudaSuccess, "gram_accumulate_ could not start on ", grams.device(), ": ",
-              cudaGetErrorString(error), " (grams ", grams.sizes(), ", grad ", grad.sizes(), ", ",
-              pieces.size(0), " pieces)");
+  cuda_gram_accumulate(grams, grad, piece_data(pieces), pieces.size(0));
 }
 
-void solve_on_cuda(const Tensor& grams, SpectrumParams p) {
+void mntk_accumulate_cuda(const Tensor& grams, const Tensor& eigenvalues,
+                          const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                          const Tensor& plan, std::string precision, int64_t workspace) {
+  const auto layers = check_pass(grams, eigenvalues, a, b, plan, precision, workspace);
   const c10::cuda::CUDAGuard guard(grams.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t doubles = lanczos_workspace(p.samples);
-  p.workers = std::min<int64_t>(p.count, kWorkspaceBytes / (doubles * sizeof(double)));
-  TORCH_CHECK_VALUE(p.workers > 0, "grams of shape ", grams.sizes(), " have too many samples for ",
-                    grams.device(), ": move them to the CPU, or measure fewer samples");
-  const Tensor workspace = at::empty({p.workers * doubles}, grams.options().dtype(at::kDouble));
-  p.workspace = workspace.mutable_data_ptr<double>();
-  const cudaError_t error = cuda_spectrum(p, stream);
-  TORCH_CHECK(error == cudaSuccess, "the eigenvalues of grams ", grams.sizes(),
-              " could not start on ", grams.device(), ": ", cudaGetErrorString(error));
+  run_pass(*cuda_backend(grams, eigenvalues, precision, workspace), layers, a, b, grams.size(1),
+           workspace);
+}
+
+std::tuple<Tensor, Tensor> mntk_spectra_cuda(const std::vector<Tensor>& a,
+                                             const std::vector<Tensor>& b, const Tensor& plan,
+                                             int64_t units, int64_t samples, int64_t slots,
+                                             std::string precision, int64_t workspace,
+                                             bool keep_grams) {
+  return spectra_with(b, units, samples, slots, keep_grams,
+                      [&](const Tensor& grams, const Tensor& eigenvalues) {
+                        mntk_accumulate_cuda(grams, eigenvalues, a, b, plan, precision, workspace);
+                      });
+}
+
+void solve_on_cuda(const Tensor& grams, const SpectrumParams& p) {
+  const c10::cuda::CUDAGuard guard(grams.device());
+  cuda_solve(grams, p);
 }
 
 Tensor gram_eigenvalues_cuda(const Tensor& grams) { return eigenvalues_with(grams, solve_on_cuda); }
@@ -232,12 +289,20 @@ pybind11::dict build_info() {
 
 TORCH_LIBRARY(lightning_mat, m) {
   m.def("gram_accumulate_(Tensor(a!) grams, Tensor grad, Tensor pieces) -> ()");
+  m.def(
+      "mntk_spectra(Tensor[] a, Tensor[] b, Tensor plan, int units, int samples, int slots, "
+      "str precision, int workspace, bool keep_grams) -> (Tensor, Tensor)");
+  m.def(
+      "mntk_accumulate_(Tensor(a!) grams, Tensor(b!) eigenvalues, Tensor[] a, Tensor[] b, "
+      "Tensor plan, str precision, int workspace) -> ()");
   m.def("gram_eigenvalues(Tensor grams) -> Tensor");
   m.def("gram_extremes(Tensor grams) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lightning_mat, CPU, m) {
   m.impl("gram_accumulate_", gram_accumulate_cpu);
+  m.impl("mntk_spectra", mntk_spectra_cpu);
+  m.impl("mntk_accumulate_", mntk_accumulate_cpu);
   m.impl("gram_eigenvalues", gram_eigenvalues_cpu);
   m.impl("gram_extremes", gram_extremes_cpu);
 }
@@ -245,6 +310,8 @@ TORCH_LIBRARY_IMPL(lightning_mat, CPU, m) {
 #ifdef LIGHTNING_MAT_WITH_CUDA
 TORCH_LIBRARY_IMPL(lightning_mat, CUDA, m) {
   m.impl("gram_accumulate_", gram_accumulate_cuda);
+  m.impl("mntk_spectra", mntk_spectra_cuda);
+  m.impl("mntk_accumulate_", mntk_accumulate_cuda);
   m.impl("gram_eigenvalues", gram_eigenvalues_cuda);
   m.impl("gram_extremes", gram_extremes_cuda);
 }

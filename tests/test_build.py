@@ -196,3 +196,52 @@ def test_a_library_for_another_torch_is_not_used(fresh_load, monkeypatch):
     found = fresh_load()
     assert found.backends == ()
     assert "torch 9.9.9 is running" in found.error
+
+
+# ---- what the compiled kernels need ----------------------------------------
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def kernels(log: str) -> list[dict[str, str]]:
+    """What ptxas says of every kernel."""
+    return [found.groupdict() for found in _ENTRY.finditer(log)]
+
+
+def test_a_spill_would_be_seen():
+    log = """ptxas info    : Compiling entry function '_Z1fv' for 'sm_86'
+ptxas info    : Function properties for _Z1fv
+    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size"""
+    assert kernels(log) == [
+        {
+            "name": "_Z1fv",
+            "architecture": "sm_86",
+            "stack": "16",
+            "stores": "4",
+            "loads": "8",
+            "registers": "255",
+        }
+    ]
+
+
+@pytest.mark.skipif(
+    "cuda" not in _extension.load().backends, reason="the library was compiled without CUDA"
+)
+def test_kernels_keep_everything_in_registers():
+    """No kernel spills or has a stack frame, on any architecture that was compiled for."""
+    log = Path(_extension.__file__).with_name("_build.log").read_text()
+    found = kernels(log)
+    compiled = {kernel["architecture"].removeprefix("sm_") for kernel in found}
+    wanted = _extension.load().info["arch_list"].split(";")
+    assert compiled == {architecture.replace(".", "") for architecture in wanted}
+    for name in ("gram_kernel", "spectrum_kernel", "ghost_kernel"):
+        assert any(name in kernel["name"] for kernel in found), name
+    for kernel in found:
+        needs = (kernel["stack"], kernel["stores"], kernel["loads"])
+        assert needs == ("0", "0", "0"), kernel

@@ -1,13 +1,17 @@
 // Gram accumulation on the CPU: pieces that lie at even distances are one batched product.
 
-#include "gram.h"
-
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 
+#include "backend.h"
+
 namespace lightning_mat {
 namespace {
+
+// Pieces of at most this many elements (biases, scales) are not worth a matrix product each.
+constexpr int64_t kNarrow = 8;
 
 // Elements of a piece that are copied, or widened, at a time (8 MiB in float32).
 constexpr int64_t kCopyElements = 2 << 20;
@@ -23,7 +27,7 @@ struct Run {
 Run longest_run(const Piece* pieces, int64_t left) {
   const Piece& a = pieces[0];
   Run run{a, 1, 1, 0, 0};
-  if (left == 1 || pieces[1].unit == a.unit) return run;  // one unit's pieces add up in order
+  if (left == 1 || pieces[1].unit <= a.unit) return run;  // one unit's pieces add up in order
   const Piece& b = pieces[1];
   if (b.r0 < a.r0 || b.c0 < a.c0) return run;  // a view's strides cannot be negative
   run.unit_step = b.unit - a.unit;
@@ -50,6 +54,25 @@ void add_products(const at::Tensor& gram, const at::Tensor& v) {
   }
 }
 
+// gram += V V^T for V^T [count, width, samples], contiguous, of few rows: outer products.
+template <class T>
+void add_outer_products(const at::Tensor& gram, const at::Tensor& v) {
+  const int64_t width = v.size(1), samples = v.size(2), step = gram.stride(0);
+  T* grams = gram.mutable_data_ptr<T>();
+  const T* values = v.const_data_ptr<T>();
+  at::parallel_for(0, v.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      for (int64_t e = 0; e < width; ++e) {
+        const T* row = values + (k * width + e) * samples;
+        for (int64_t i = 0; i < samples; ++i) {
+          T* to = grams + k * step + i * samples;
+          for (int64_t j = 0; j < samples; ++j) to[j] += row[i] * row[j];
+        }
+      }
+    }
+  });
+}
+
 void accumulate_run(const at::Tensor& grams, const at::Tensor& grad, const Run& run) {
   const int64_t samples = grad.size(0), rows = run.rows(), columns = run.columns();
   const int64_t rs = grad.stride(1), cs = grad.stride(2), ss = grad.stride(0);
@@ -62,6 +85,17 @@ void accumulate_run(const at::Tensor& grams, const at::Tensor& grad, const Run& 
       {run.count, samples, rows, columns}, {run.row_step * rs + run.column_step * cs, ss, rs, cs},
       grad.storage_offset() + run.first.r0 * rs + run.first.c0 * cs);
 
+  if (width <= kNarrow) {
+    const at::Tensor v = block.permute({0, 2, 3, 1})
+                             .to(grams.scalar_type(), false, true, at::MemoryFormat::Contiguous)
+                             .view({run.count, width, samples});
+    if (grams.scalar_type() == at::kDouble) {
+      add_outer_products<double>(gram, v);
+    } else {
+      add_outer_products<float>(gram, v);
+    }
+    return;
+  }
   // A matrix [samples, width] that BLAS can read where it is.
   const int64_t inner = columns > 1 ? cs : rs;
   const bool flat = rows == 1 || columns == 1 || rs == columns * cs;

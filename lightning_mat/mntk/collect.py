@@ -14,36 +14,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mat.mntk.accumulate import add_to_grams
+from lightning_mat.mntk.accumulate import Accumulator
 from lightning_mat.mntk.factors import Factor, Zero, add_uses, stack_samples
 from lightning_mat.mntk.fallback import fallback_factors
 from lightning_mat.mntk.layout import Layout, Ragged
 from lightning_mat.mntk.plan import MIN_WORKSPACE
 from lightning_mat.mntk.tape import Call
-from lightning_mat.units.unit import Rect
+from lightning_mat.mntk.words import Words
 
 
 class Collector:
     """Adds calls to the Grams of the units that own the parameters used.
 
     Args:
-        owners: ``(unit, rectangle)`` pairs by parameter.
-        grams: ``[L, S, S]``, modified in place.
+        accumulator: Takes complete parameters.
+        owners: Who owns what of each parameter: rows ``(unit, r0, r1, c0, c1)``, sorted by unit.
         cost: FLOPs per sample of each unit's weight gradient, ``[L]``, modified in place.
-        workspace: Bytes for blocks of per-sample gradients.
-        backend: Backend of the Gram operation.
     """
 
     def __init__(
-        self,
-        owners: Mapping[str, Sequence[tuple[int, Rect]]],
-        grams: Tensor,
-        cost: Tensor,
-        workspace: int,
-        backend: str,
+        self, accumulator: Accumulator | None, owners: Mapping[str, Words], cost: Tensor
     ) -> None:
-        self.owners, self.grams, self.cost = owners, grams, cost
-        self.workspace, self.backend = workspace, backend
+        self.accumulator, self.owners, self.cost = accumulator, owners, cost
         self._sizes: list[int] = []
         self._batches: dict[str, dict[int, Factor]] = {}
         self._uses: dict[str, list[Factor]] = {}
@@ -112,10 +104,12 @@ class Collector:
         factor = stack_samples(
             [found.get(i) or Zero(size, like) for i, size in enumerate(self._sizes)]
         )
-        owned = self.owners[name]
-        add_to_grams(self.grams, factor, owned, workspace=self.workspace, backend=self.backend)
-        for unit, rect in owned:
-            self.cost[unit] += factor.flops_per_element * rect.numel
+        pieces = self.owners[name]
+        assert self.accumulator is not None
+        self.accumulator.add(factor, pieces)
+        elements = (pieces[:, 2] - pieces[:, 1]) * (pieces[:, 4] - pieces[:, 3])
+        units, share = torch.from_numpy(pieces[:, 0]), torch.from_numpy(elements)
+        self.cost.index_add_(0, units, factor.flops_per_element * share.double())
 
 
 class GradientSum(Collector):
@@ -126,8 +120,7 @@ class GradientSum(Collector):
     """
 
     def __init__(self, expected: Mapping[str, Tensor]) -> None:
-        nothing = torch.empty(0)
-        super().__init__({}, nothing, nothing, MIN_WORKSPACE, "auto")
+        super().__init__(None, {}, torch.empty(0))
         self.expected = dict(expected)
         self.sizes = {name: float(gradient.norm()) for name, gradient in expected.items()}
         self.errors = dict(self.sizes)
@@ -135,7 +128,7 @@ class GradientSum(Collector):
     def _flush(self, name: str) -> None:
         factor = stack_samples(list(self._batches.pop(name).values()))
         expected = self.expected.pop(name).view(factor.rows, factor.columns)
-        rows = max(1, self.workspace // (4 * factor.samples * max(factor.columns, 1)))
+        rows = max(1, MIN_WORKSPACE // (4 * factor.samples * max(factor.columns, 1)))
         squared = 0.0
         for start in range(0, factor.rows, rows):
             stop = min(start + rows, factor.rows)

@@ -1,18 +1,80 @@
 r"""Per-sample gradients of one parameter, kept in the form in which a layer gives them.
 
 A factor stands for G of shape [S, rows, columns], the gradient of S scalars with respect to one
-parameter seen as a matrix, and yields any block of rows of it without holding all of it.
+parameter seen as a matrix. It yields any block of rows of it without holding all of it (the eager
+way), and names the tensors from which the fused operation forms it (:meth:`Factor.sources`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_mat.units.unit import Rect
+KINDS = ("linear", "conv", "bias", "scale", "embedding", "dense")
+"""Kinds of sources, in the order of their numbers in csrc/plan.h."""
+
+
+class Geometry(NamedTuple):
+    """How a convolution's weight meets its input, one entry per spatial dimension.
+
+    Args:
+        kernel: Size of the kernel.
+        stride: Step of the kernel.
+        dilation: Distance of the kernel's elements.
+        padding: Zeros before the first element; as many follow the last as are needed.
+        groups: Groups of channels.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tensors that make the gradients of some samples, see csrc/plan.h for the kinds' shapes.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        a: What the layer took in; None for kinds that need none.
+        b: The gradient of what it gave out.
+        first: The first of its samples.
+        adds: Whether these samples have other sources before.
+        geometry: Of a convolution.
+    """
+
+    kind: str
+    a: Tensor | None
+    b: Tensor
+    first: int = 0
+    adds: bool = False
+    geometry: Geometry | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many samples it has."""
+        return self.b.shape[0]
+
+    @property
+    def positions(self) -> int:
+        """Vectors that go in per sample: tokens, or elements of a convolution's channel."""
+        if self.a is None:
+            return self.tokens
+        return prod([self.a.shape[1], *self.a.shape[3:]])
+
+    @property
+    def tokens(self) -> int:
+        """Terms that a sample's gradient is summed over: tokens, or positions of a convolution."""
+        if self.kind == "dense":
+            return 1
+        return prod([self.b.shape[1], *self.b.shape[3:]])
 
 
 class Factor(Protocol):
@@ -28,22 +90,8 @@ class Factor(Protocol):
         """Return rows ``[start, stop)`` of every sample's gradient: [S, stop - start, columns]."""
         ...
 
-    def transposed(self) -> Factor:
-        """Return the factor with rows and columns exchanged."""
-        ...
-
-
-@runtime_checkable
-class TokenSum(Protocol):
-    """A factor that is a sum of outer products over tokens, or can be written as one."""
-
-    samples: int
-    tokens: int
-    rows: int
-    columns: int
-
-    def token_form(self) -> Outer:
-        """Return the inputs and output gradients of all tokens."""
+    def sources(self) -> list[Source] | None:
+        """Return the tensors that make it, or None where only :meth:`block` knows."""
         ...
 
 
@@ -65,13 +113,122 @@ class Outer:
         """Return rows ``[start, stop)``, by one batched matrix product."""
         return torch.bmm(self.b[:, :, start:stop].transpose(1, 2), self.a)
 
-    def transposed(self) -> Outer:
-        """Return the factor of the transposed parameter."""
-        return Outer(self.b, self.a)
+    def sources(self) -> list[Source]:
+        """Return the inputs and output gradients."""
+        return [Source("linear", self.a, self.b)]
 
-    def token_form(self) -> Outer:
-        """Return itself."""
-        return self
+
+class Convolution:
+    r"""Per-sample gradients of a convolution's weight, unfolding a few samples at a time.
+
+    With patches :math:`P_s` of shape [C/g·k, positions] and output gradients :math:`B_s` of shape
+    [O/g, positions], each group's gradient is :math:`G_s = B_s P_s^\top`.
+
+    Args:
+        geometry: Kernel, stride, dilation and groups.
+        a: Inputs, shape ``[S, T, C, *size]``.
+        b: Output gradients, shape ``[S, T, O, *out size]``.
+    """
+
+    # Bytes that the unfolded patches of some samples may take at a time.
+    patch_bytes = 64 << 20
+
+    def __init__(self, geometry: Geometry, a: Tensor, b: Tensor) -> None:
+        self.geometry, self.a, self.b = geometry, a, b
+        self.samples = a.shape[0]
+        self.positions = prod(b.shape[3:])
+        self.tokens = a.shape[1] * self.positions
+        self.rows = b.shape[2]
+        self.columns = a.shape[2] // geometry.groups * prod(geometry.kernel)
+        self.flops_per_element = 2.0 * self.tokens
+
+    def _patches(self, start: int, stop: int) -> Tensor:
+        """Return the patches of some samples, shape ``[s, T, groups, C/g·k, positions]``."""
+        geometry, out = self.geometry, self.b.shape[3:]
+        pads: list[int] = []  # of the last dimension first
+        for size, wanted, k, step, d, before in zip(
+            self.a.shape[3:], out, *geometry[:4], strict=True
+        ):
+            reach = (wanted - 1) * step + (k - 1) * d + 1
+            pads = [before, max(0, reach - before - size), *pads]
+        x = torch.nn.functional.pad(self.a[start:stop], pads)
+        strides = list(x.stride())
+        window = x.as_strided(
+            [*x.shape[:3], *geometry.kernel, *out],
+            [
+                *strides[:3],
+                *(d * s for d, s in zip(geometry.dilation, strides[3:], strict=True)),
+                *(step * s for step, s in zip(geometry.stride, strides[3:], strict=True)),
+            ],
+            x.storage_offset(),
+        )
+        return window.reshape(*x.shape[:2], geometry.groups, self.columns, self.positions)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows ``[start, stop)``: filters, of all samples."""
+        groups = self.geometry.groups
+        per_group = self.rows // groups
+        first, last = start // per_group, -(-stop // per_group)
+        bytes_per_sample = self.tokens * groups * self.columns * self.a.element_size()
+        step = max(1, self.patch_bytes // max(1, bytes_per_sample))
+        parts = []
+        for s in range(0, self.samples, step):
+            patches = self._patches(s, s + step)[:, :, first:last]
+            grad = self.b[s : s + step].flatten(3).unflatten(2, (groups, per_group))
+            whole = torch.einsum("stgop,stgdp->sgod", grad[:, :, first:last], patches).flatten(1, 2)
+            parts.append(whole[:, start - first * per_group : stop - first * per_group])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def sources(self) -> list[Source]:
+        """Return the inputs and output gradients."""
+        return [Source("conv", self.a, self.b, geometry=self.geometry)]
+
+
+class Summed:
+    """Gradients of a bias: the sum over tokens.
+
+    Args:
+        b: Output gradients, shape ``[S, T, rows]``.
+    """
+
+    flops_per_element = 0.0
+    columns = 1
+
+    def __init__(self, b: Tensor) -> None:
+        self.b = b
+        self.samples, _, self.rows = b.shape
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows ``[start, stop)``."""
+        return self.b[:, :, start:stop].sum(1).unsqueeze(-1)
+
+    def sources(self) -> list[Source]:
+        """Return the output gradients."""
+        return [Source("bias", None, self.b)]
+
+
+class Scaled:
+    """Gradients of a scale, the affine weight of a norm: the sum over tokens of products.
+
+    Args:
+        a: What is scaled (normalised inputs), shape ``[S, T, rows]``.
+        b: Output gradients, the same shape.
+    """
+
+    flops_per_element = 0.0
+    columns = 1
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+        self.samples, _, self.rows = b.shape
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Return rows ``[start, stop)``."""
+        return (self.a[:, :, start:stop] * self.b[:, :, start:stop]).sum(1).unsqueeze(-1)
+
+    def sources(self) -> list[Source]:
+        """Return what is scaled and the output gradients."""
+        return [Source("scale", self.a, self.b)]
 
 
 class Rows:
@@ -83,11 +240,12 @@ class Rows:
         rows: Rows of the table.
     """
 
+    flops_per_element = 0.0
+
     def __init__(self, index: Tensor, values: Tensor, rows: int) -> None:
         self.index, self.values = index, values
         self.samples, _, self.columns = values.shape
         self.rows = rows
-        self.flops_per_element = 0.0
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return rows ``[start, stop)`` of the table, dense."""
@@ -97,72 +255,45 @@ class Rows:
         # index_put_ with accumulate adds in a fixed order; index_add_ uses atomics on the GPU
         return out.index_put_((sample, row), self.values[sample, token], accumulate=True)
 
-    def transposed(self) -> Factor:
-        """Return the factor of the transposed table."""
-        return Transposed(self)
-
-    def compact(self, rects: Sequence[Rect]) -> tuple[Rows, list[Rect]]:
-        """Return the same gradients over the rows that occur, and where the rectangles lie there.
-
-        Rows that no sample touches have a zero gradient and add nothing to a Gram.
-        """
-        present = self.index[self.index >= 0].unique()
-        bounds = torch.tensor([[r.r0, r.r1] for r in rects], device=present.device)
-        places = torch.searchsorted(present, bounds).tolist()
-        index = torch.searchsorted(present, self.index).masked_fill(self.index < 0, -1)
-        moved = [Rect(a, b, r.c0, r.c1) for (a, b), r in zip(places, rects, strict=True)]
-        return Rows(index, self.values, len(present)), moved
+    def sources(self) -> list[Source]:
+        """Return the rows and their gradients."""
+        return [Source("embedding", self.index, self.values)]
 
 
 class Dense:
-    """Gradients that are small enough to hold: biases and norms' affines, [S, rows, columns]."""
+    """Gradients that are small enough to hold, [S, rows, columns]."""
+
+    flops_per_element = 0.0
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.samples, self.rows, self.columns = values.shape
-        self.flops_per_element = 0.0
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return rows ``[start, stop)``, a view."""
         return self.values[:, start:stop]
 
-    def transposed(self) -> Dense:
-        """Return the factor of the transposed parameter."""
-        return Dense(self.values.transpose(1, 2))
-
-
-class Transposed:
-    """Any factor with rows and columns exchanged, at the price of forming all of it."""
-
-    def __init__(self, inner: Factor) -> None:
-        self.inner = inner
-        self.samples, self.rows, self.columns = inner.samples, inner.columns, inner.rows
-        self.flops_per_element = inner.flops_per_element
-
-    def block(self, start: int, stop: int) -> Tensor:
-        """Return rows ``[start, stop)``."""
-        return self.inner.block(0, self.inner.rows)[:, :, start:stop].transpose(1, 2)
-
-    def transposed(self) -> Factor:
-        """Return the factor that was transposed."""
-        return self.inner
+    def sources(self) -> list[Source]:
+        """Return the gradients themselves."""
+        return [Source("dense", None, self.values)]
 
 
 class Zero:
     """The gradient of samples that did not use a parameter."""
 
+    flops_per_element = 0.0
+
     def __init__(self, samples: int, like: Factor) -> None:
         self.samples, self.rows, self.columns = samples, like.rows, like.columns
         self.like = like
-        self.flops_per_element = 0.0
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return rows ``[start, stop)``: zeros."""
         return self.like.block(start, start).new_zeros(self.samples, stop - start, self.columns)
 
-    def transposed(self) -> Zero:
-        """Return the zeros of the transposed parameter."""
-        return Zero(self.samples, self.like.transposed())
+    def sources(self) -> list[Source]:
+        """Return nothing: samples without a source have no gradient."""
+        return []
 
 
 class Sum:
@@ -181,9 +312,15 @@ class Sum:
             total = total + use.block(start, stop)
         return total
 
-    def transposed(self) -> Sum:
-        """Return the sum of the transposed uses."""
-        return Sum([use.transposed() for use in self.uses])
+    def sources(self) -> list[Source] | None:
+        """Return the uses' sources: each after the first adds to what was there."""
+        found: list[Source] = []
+        for use in self.uses:
+            own = use.sources()
+            if own is None:
+                return None
+            found += [replace(source, adds=bool(found)) for source in own]
+        return found
 
 
 class Stacked:
@@ -200,9 +337,17 @@ class Stacked:
         """Return rows ``[start, stop)``."""
         return torch.cat([part.block(start, stop) for part in self.parts])
 
-    def transposed(self) -> Stacked:
-        """Return the transposed micro-batches."""
-        return Stacked([part.transposed() for part in self.parts])
+    def sources(self) -> list[Source] | None:
+        """Return the micro-batches' sources, each at its samples' place."""
+        found: list[Source] = []
+        first = 0
+        for part in self.parts:
+            own = part.sources()
+            if own is None:
+                return None
+            found += [replace(source, first=first + source.first) for source in own]
+            first += part.samples
+        return found
 
 
 def add_uses(uses: Sequence[Factor]) -> Factor:
@@ -216,46 +361,6 @@ def add_uses(uses: Sequence[Factor]) -> Factor:
     return Sum(uses)
 
 
-class StackedOuter(Stacked):
-    """Micro-batches of outer products, which are formed side by side without copying inputs."""
-
-    def __init__(self, parts: Sequence[Outer]) -> None:
-        super().__init__(parts)
-        self.outers = parts
-        self.tokens = max(part.tokens for part in parts)
-
-    def block(self, start: int, stop: int) -> Tensor:
-        """Return rows ``[start, stop)``."""
-        out = self.outers[0].a.new_empty(self.samples, stop - start, self.columns)
-        first = 0
-        for part in self.outers:
-            rows = part.b[:, :, start:stop].transpose(1, 2)
-            torch.bmm(rows, part.a, out=out[first : first + part.samples])
-            first += part.samples
-        return out
-
-    def transposed(self) -> StackedOuter:
-        """Return the transposed micro-batches."""
-        return StackedOuter([part.transposed() for part in self.outers])
-
-    def token_form(self) -> Outer:
-        """Return the inputs and output gradients of all tokens, padded to one length."""
-        return Outer(
-            torch.cat([_pad_tokens(part.a, self.tokens) for part in self.outers]),
-            torch.cat([_pad_tokens(part.b, self.tokens) for part in self.outers]),
-        )
-
-
 def stack_samples(parts: Sequence[Factor]) -> Factor:
     """Return one factor for the micro-batches of a parameter."""
-    if len(parts) == 1:
-        return parts[0]
-    outers = [part for part in parts if type(part) is Outer]
-    return StackedOuter(outers) if len(outers) == len(parts) else Stacked(parts)
-
-
-def _pad_tokens(values: Tensor, tokens: int) -> Tensor:
-    """Append zero tokens, which add nothing to a sum of outer products."""
-    if values.shape[1] == tokens:
-        return values
-    return torch.nn.functional.pad(values, (0, 0, 0, tokens - values.shape[1]))
+    return parts[0] if len(parts) == 1 else Stacked(parts)

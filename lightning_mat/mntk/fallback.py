@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_mat.mntk.factors import Factor, Transposed
+from lightning_mat.mntk.factors import Factor
 from lightning_mat.mntk.layout import Layout
 from lightning_mat.mntk.memory import is_out_of_memory
 from lightning_mat.mntk.tape import Call, own_parameters
@@ -44,9 +44,8 @@ class Replayed:
         """Return rows ``[start, stop)`` of every sample's gradient."""
         return self.replay.gradient(self.attribute, start, stop)
 
-    def transposed(self) -> Factor:
-        """Return the factor of the transposed parameter."""
-        return Transposed(self)
+    def sources(self) -> None:
+        """Return None: there are no tensors that hold it."""
 
 
 class Replay:

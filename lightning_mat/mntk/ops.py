@@ -13,11 +13,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lightning_mat import _extension
+from lightning_mat.mntk.cost import ghost_multiply_adds
+from lightning_mat.mntk.factors import KINDS, Source
+from lightning_mat.mntk.words import read_words
 
 BACKENDS = ("auto", "extension", "eager")
 
@@ -53,7 +57,7 @@ def gram_accumulate(grams: Tensor, grad: Tensor, pieces: Tensor, *, backend: str
         >>> grams.tolist()
         [[[1.0, 0.0], [0.0, 0.0]], [[4.0, 6.0], [6.0, 9.0]]]
     """
-    if _use_extension(grams.device, backend):
+    if use_extension(grams.device, backend):
         torch.ops.lightning_mat.gram_accumulate_(grams.detach(), grad.detach(), pieces)
     else:
         gram_accumulate_reference(grams, grad, pieces)
@@ -82,7 +86,7 @@ def gram_eigenvalues(grams: Tensor, *, backend: str = "auto") -> Tensor:
         >>> gram_eigenvalues(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])).round(decimals=6).tolist()
         [[3.0, 1.0]]
     """
-    if _use_extension(grams.device, backend):
+    if use_extension(grams.device, backend):
         result: Tensor = torch.ops.lightning_mat.gram_eigenvalues(grams.detach())
         return result
     return gram_eigenvalues_reference(grams)
@@ -91,7 +95,7 @@ def gram_eigenvalues(grams: Tensor, *, backend: str = "auto") -> Tensor:
 def gram_extremes(grams: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     r"""Return the largest and the smallest eigenvalue of each Gram.
 
-    The extension stops as soon as both are within :math:`10^{-12}\lambda_{max}` of an eigenvalue.
+    Both are those of :func:`gram_eigenvalues`, without the eigenvalues between them.
 
     Args:
         grams: As in :func:`gram_eigenvalues`, with at least one sample.
@@ -109,7 +113,7 @@ def gram_extremes(grams: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tens
         >>> largest.tolist(), smallest.tolist()
         ([4.0, 4.0], [4.0, 4.0])
     """
-    if _use_extension(grams.device, backend):
+    if use_extension(grams.device, backend):
         largest, smallest = torch.ops.lightning_mat.gram_extremes(grams.detach())
         return largest, smallest
     return gram_extremes_reference(grams)
@@ -180,7 +184,13 @@ def backend_in_use(device: torch.device | str) -> tuple[str, str]:
     return "eager", f"no kernels for {kind} were compiled: {extension.info['reason']}"
 
 
-def _use_extension(device: torch.device, backend: str) -> bool:
+def use_extension(device: torch.device, backend: str) -> bool:
+    """Return whether the extension computes on a device, if the backend asked for lets it.
+
+    Raises:
+        ValueError: If the backend is none.
+        RuntimeError: If the extension is asked for and cannot be used on the device.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "eager":
@@ -242,6 +252,38 @@ def _fake_extremes(grams: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _fake_spectra(
+    a: list[Tensor],
+    b: list[Tensor],
+    plan: Tensor,
+    units: int,
+    samples: int,
+    slots: int,
+    precision: str,
+    workspace: int,
+    keep_grams: bool,
+) -> tuple[Tensor, Tensor]:
+    wide = all(t.dtype == torch.float64 for t in b)
+    dtype = torch.float64 if wide else torch.float32
+    count = slots if keep_grams else 0
+    return (
+        b[0].new_empty(units, samples, dtype=torch.float64),
+        b[0].new_empty(count, samples, samples, dtype=dtype),
+    )
+
+
+def _fake_installment(
+    grams: Tensor,
+    eigenvalues: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    plan: Tensor,
+    precision: str,
+    workspace: int,
+) -> None:
+    """Modify nothing that a shape could show."""
+
+
 def _accumulate_flops(grams: Tensor, grad: Tensor, pieces: Tensor, **_: object) -> int:
     """2 S² operations per element of a piece: what runs, on either device."""
     corners: list[list[int]] = pieces.tolist()
@@ -249,14 +291,59 @@ def _accumulate_flops(grams: Tensor, grad: Tensor, pieces: Tensor, **_: object) 
     return 2 * int(grams.shape[1]) ** 2 * elements
 
 
+def _pass_flops(samples: int, a: Sequence[Tensor], b: Sequence[Tensor], plan: Tensor) -> int:
+    """What the ways of a plan's layers cost (:mod:`~lightning_mat.mntk.cost`), and the solves."""
+    total = 0.0
+    for layer in read_words(plan):
+        heights, widths = (
+            layer.pieces[:, 2] - layer.pieces[:, 1],
+            layer.pieces[:, 4] - layer.pieces[:, 3],
+        )
+        elements = int((heights * widths).sum())
+        summed = [
+            (int(n), Source(KINDS[kind], a[index], b[index], geometry=None), int(np.prod(kernel)))
+            for kind, index, _, _, n, _, _, _, *kernel in layer.sources[:, :11].tolist()
+        ]
+        summed = [entry for entry in summed if entry[1].kind in ("linear", "conv")]
+        if layer.way == "ghost":
+            _, source, kernel = max(summed, key=lambda entry: entry[1].tokens)
+            positions = source.positions if source.kind == "conv" else None
+            inputs = layer.columns // kernel
+            rows = int(heights.sum())
+            total += ghost_multiply_adds(samples, source.tokens, rows, inputs, positions)
+        else:
+            total += sum(n * source.tokens * elements for n, source, _ in summed)
+            total += samples**2 * elements
+        total += 2 * int((layer.targets[:, 2] >= 0).sum()) * samples**3
+    return int(2 * total)
+
+
+def _spectra_flops(
+    a: Sequence[Tensor], b: Sequence[Tensor], plan: Tensor, *rest: int, **_: object
+) -> int:
+    return _pass_flops(rest[1], a, b, plan)
+
+
+def _installment_flops(
+    grams: Tensor,
+    values: object,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    plan: Tensor,
+    *_: object,
+    **__: object,
+) -> int:
+    return _pass_flops(grams.shape[1], a, b, plan)
+
+
 def _spectrum_flops(grams: Sequence[int], **_: object) -> int:
-    """Leading terms of S Lanczos steps, which bound the fewer steps that the extremes may need.
+    """Leading terms of S Lanczos steps.
 
     S products of the Gram with a vector (2 S³), and step k's vector made orthogonal to k others
-    twice (4 S³ in all).
+    (2 S³ in all, as long as once is enough).
     """
     units, samples, _samples = grams
-    return 6 * units * samples**3
+    return 4 * units * samples**3
 
 
 def _register() -> None:
@@ -265,6 +352,10 @@ def _register() -> None:
     torch.library.register_fake("lightning_mat::gram_accumulate_", _fake_accumulate)
     torch.library.register_fake("lightning_mat::gram_eigenvalues", _fake_eigenvalues)
     torch.library.register_fake("lightning_mat::gram_extremes", _fake_extremes)
+    torch.library.register_fake("lightning_mat::mntk_spectra", _fake_spectra)
+    torch.library.register_fake("lightning_mat::mntk_accumulate_", _fake_installment)
+    register_flop_formula(ops.mntk_spectra, get_raw=True)(_spectra_flops)
+    register_flop_formula(ops.mntk_accumulate_, get_raw=True)(_installment_flops)
     register_flop_formula(ops.gram_accumulate_, get_raw=True)(_accumulate_flops)
     register_flop_formula([ops.gram_eigenvalues, ops.gram_extremes])(_spectrum_flops)
 

@@ -50,7 +50,12 @@ class Footprint:
 
 
 def make_plan(
-    samples: int, step_samples: int, footprint: Footprint, budget: int | None, micro: int
+    samples: int,
+    step_samples: int,
+    footprint: Footprint,
+    budget: int | None,
+    micro: int,
+    most: int = MAX_WORKSPACE,
 ) -> Plan:
     """Choose micro-batches and groups.
 
@@ -60,10 +65,11 @@ def make_plan(
         footprint: What the passes hold.
         budget: Bytes above the parameters; None for those of a training step.
         micro: Most samples per forward pass; lowered after an out-of-memory error.
+        most: Bytes that the workspace may take at most: what the device's cache holds.
     """
     step = step_samples * footprint.activations + footprint.gradients
     limit = step if budget is None else budget
-    workspace = min(MAX_WORKSPACE, max(MIN_WORKSPACE, footprint.gradients // 2, limit // 16))
+    workspace = min(most, max(MIN_WORKSPACE, footprint.gradients // 2, limit // 16))
     largest = max(footprint.captured.values(), default=0)
     fixed = workspace + footprint.grams
     one_pass = samples * (footprint.activations + largest) + fixed

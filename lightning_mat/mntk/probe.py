@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_mat.mntk import ops
+from lightning_mat.mntk.accumulate import Accumulator, Solved, default_workspace
 from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
 from lightning_mat.mntk.layout import Layout, sketch
@@ -24,6 +25,7 @@ from lightning_mat.mntk.samples import count_samples, take_samples, to_device
 from lightning_mat.mntk.scalars import Scalars
 from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.mntk.tape import Call, Tape, tracked_modules
+from lightning_mat.mntk.words import piece_table
 from lightning_mat.units.core import Partition
 
 TOO_LARGE = (
@@ -95,6 +97,10 @@ class Probe:
         self.memory = None if memory == "auto" else int(memory)
         self.step_samples, self.keep_gram = step_samples, keep_gram
         self.modules, self.names = tracked_modules(model, tuple(part.owners), part.aliases)
+        self._owners = {name: piece_table(owned) for name, owned in part.owners.items()}
+        self._remaining = np.zeros(len(part), dtype=np.int64)
+        for pieces in self._owners.values():
+            self._remaining[np.unique(pieces[:, 0])] += 1
         self._scalars = Scalars(model, output, forward or default_forward, seed)
         self._look: Look | None = None
         self._routed = False
@@ -122,7 +128,7 @@ class Probe:
             micro = samples
             while True:
                 try:
-                    grams, cost = self._measure(batch, samples, micro)
+                    solved, cost = self._measure(batch, samples, micro)
                     break
                 except IrregularError:
                     self._routed = True
@@ -134,8 +140,8 @@ class Probe:
                     micro = max(1, micro // 2)
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
-        values = ops.gram_eigenvalues(grams, backend=self.backend).cpu().clamp_min(0)
-        return Spectra(self.part.names, values, cost, grams.cpu() if self.keep_gram else None)
+        grams = None if solved.grams is None else solved.grams.cpu()
+        return Spectra(self.part.names, solved.eigenvalues.cpu().clamp_min(0), cost, grams)
 
     def prepare(self, batch: Any) -> None:
         """Look at the model, as the first measurement does, to find early what cannot be measured.
@@ -199,8 +205,8 @@ class Probe:
         collector.finish()
         collector.check(1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2)
 
-    def _measure(self, batch: Any, samples: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Return the Grams ``[L, S, S]`` and the costs ``[L]``."""
+    def _measure(self, batch: Any, samples: int, micro: int) -> tuple[Solved, Tensor]:
+        """Return the eigenvalues and the costs ``[L]``."""
         first = next(self.model.parameters())
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         trainable = [p for n, p in self.model.named_parameters() if n not in self.part.frozen]
@@ -208,19 +214,29 @@ class Probe:
         gradients = sum(p.numel() * p.element_size() for p in trainable)
         known = self._known()
         footprint = Footprint(known.activations, known.captured, gradients, gram_bytes)
-        plan = make_plan(samples, self.step_samples or samples, footprint, self.memory, micro)
-        workspace = max(MIN_WORKSPACE, plan.workspace * micro // samples)
-        grams = torch.zeros(len(self.part), samples, samples, dtype=dtype, device=first.device)
+        most = default_workspace(first.device)
+        step_samples = self.step_samples or samples
+        plan = make_plan(samples, step_samples, footprint, self.memory, micro, most)
+        accumulator = Accumulator(
+            self._remaining,
+            samples,
+            device=first.device,
+            dtype=dtype,
+            precision=self.precision,
+            workspace=max(MIN_WORKSPACE, plan.workspace * micro // samples),
+            keep_gram=self.keep_gram,
+            backend=self.backend,
+        )
         cost = torch.zeros(len(self.part), dtype=torch.float64)
         for group in plan.groups:
-            collector = Collector(self.part.owners, grams, cost, workspace, self.backend)
+            collector = Collector(accumulator, self._owners, cost)
             modules = {name: self.modules[name] for name in group}
             starts = range(0, samples, plan.micro)
             for start in starts:
                 part = take_samples(batch, start, min(start + plan.micro, samples))
                 self._pass(part, modules, collector, last=start == starts[-1])
             collector.finish()
-        return grams, cost
+        return accumulator.finish(), cost
 
     def _pass(
         self, batch: Any, modules: Mapping[str, nn.Module], collector: Collector, last: bool

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_mat.mntk.factors import Dense, Factor, Outer
+from lightning_mat.mntk.factors import Factor, Outer, Summed
 from lightning_mat.mntk.rules.base import register_layer_finder, register_layer_rule
-
-
-def bias_factor(grad: Tensor) -> Dense:
-    """Return the factor of a bias that is added to every row: [S, T, p] → [S, p, 1]."""
-    return Dense(grad.sum(1).unsqueeze(-1))
 
 
 @register_layer_rule(nn.Linear)
@@ -23,7 +18,7 @@ class LinearRule:
 
     def factors(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Factor]:
         """Return the factors of ``weight`` and ``bias``."""
-        return {"weight": Outer(x, grad), "bias": bias_factor(grad)}
+        return {"weight": Outer(x, grad), "bias": Summed(grad)}
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -36,4 +31,4 @@ class TransposedLinearRule(LinearRule):
 
     def factors(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Factor]:
         """Return the factors of ``weight`` and ``bias``."""
-        return {"weight": Outer(grad, x), "bias": bias_factor(grad)}
+        return {"weight": Outer(grad, x), "bias": Summed(grad)}

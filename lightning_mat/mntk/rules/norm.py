@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_mat.mntk.factors import Dense, Factor
+from lightning_mat.mntk.factors import Dense, Factor, Scaled, Summed
 from lightning_mat.mntk.rules.base import register_layer_finder, register_layer_rule
 
 
@@ -36,7 +36,10 @@ class LayerNormRule:
         else:
             norm = cast(nn.RMSNorm, module)
             normal = F.rms_norm(x, list(norm.normalized_shape), eps=norm.eps)
-        return {"weight": _flat((grad * normal).sum(1)), "bias": _flat(grad.sum(1))}
+        return {
+            "weight": Scaled(normal.flatten(2), grad.flatten(2)),
+            "bias": Summed(grad.flatten(2)),
+        }
 
 
 @cache
@@ -68,7 +71,7 @@ class NamedRMSNormRule:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         epsilon = cast(float, module.variance_epsilon)
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        return {"weight": _flat((grad * normal.to(x.dtype)).sum(1))}
+        return {"weight": Scaled(normal.to(x.dtype), grad)}
 
 
 @register_layer_rule(nn.GroupNorm)
