@@ -36,7 +36,7 @@ def gram_accumulate(grams: Tensor, grad: Tensor, pieces: Tensor, *, backend: str
     shapes alone, so that two runs give the same bits.
 
     Args:
-        grams: ``[L, S, S]``, float32 or float64, contiguous; modified in place.
+        grams: ``[L, S, S]``, float32 or float64, symmetric, contiguous; modified in place.
         grad: ``[S, R, C]``, float64, float32, bfloat16 or float16, any strides, same device.
         pieces: int64 ``[N, 5]`` on the CPU: rows ``(unit, r0, r1, c0, c1)`` in the coordinates of
             ``grad``, sorted by unit. They should be disjoint: what two pieces share counts twice.

@@ -74,6 +74,7 @@ def chunk(samples: int, layout: str, dtype: torch.dtype, device: str) -> tuple[T
     generator = torch.Generator().manual_seed(samples)
     grad = torch.randn(samples, rows, columns, generator=generator, dtype=torch.float64)
     grams = torch.randn(units, samples, samples, generator=generator)
+    grams = grams + grams.mT
     return grams.to(device), grad.to(device, dtype), torch.tensor(pieces).long().reshape(-1, 5)
 
 
