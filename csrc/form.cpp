@@ -1,15 +1,18 @@
 #include "form.h"
 
-#include <ATen/ops/arange.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/index_put.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <numeric>
+
+#ifdef LIGHTNING_MAT_WITH_CUDA
+#include "cuda/backend.h"
+#endif
 
 namespace lightning_mat {
 namespace {
@@ -42,21 +45,31 @@ bool readable(const Tensor& t) {
   return rows || columns;
 }
 
+void put(const Tensor& out, const Tensor& values, bool adds) {
+  if (adds) {
+    out.add_(values);
+  } else {
+    out.copy_(values);
+  }
+}
+
+// out (+)= left right, batches of matrices.
+void multiply(Tensor out, const Tensor& left, const Tensor& right, bool adds) {
+  if (adds) {
+    out.baddbmm_(left, right);
+  } else {
+    at::bmm_out(out, left, right);
+  }
+}
+
 // out (+)= b^T a for b [samples, tokens, rows] and a [samples, tokens, columns].
 void add_outer_products(const Tensor& out, const Tensor& a, const Tensor& b, bool adds) {
   const at::ScalarType type = out.scalar_type();
-  const auto multiply = [&](Tensor target, const Tensor& left, const Tensor& right) {
-    if (adds) {
-      target.baddbmm_(left, right);
-    } else {
-      at::bmm_out(target, left, right);
-    }
-  };
   const Tensor left = b.transpose(1, 2);
   const bool copies_b = b.scalar_type() != type || !readable(left);
   const bool copies_a = a.scalar_type() != type || !readable(a);
   if (!copies_a && !copies_b) {
-    multiply(out, left, a);
+    multiply(out, left, a, adds);
     return;
   }
   const int64_t elements = b.size(1) * ((copies_b ? b.size(2) : 0) + (copies_a ? a.size(2) : 0));
@@ -67,7 +80,7 @@ void add_outer_products(const Tensor& out, const Tensor& a, const Tensor& b, boo
   for (int64_t s = 0; s < out.size(0); s += each) {
     const int64_t n = std::min(each, out.size(0) - s);
     multiply(out.narrow(0, s, n), prepare(b.narrow(0, s, n), copies_b).transpose(1, 2),
-             prepare(a.narrow(0, s, n), copies_a));
+             prepare(a.narrow(0, s, n), copies_a), adds);
   }
 }
 
@@ -91,22 +104,15 @@ void form_conv(const Tensor& out, const Source& source, const Chunk& chunk) {
     const Tensor patches =
         conv_patches(source, s, last, g0, g1, chunk.c0, chunk.c1, out.scalar_type());
     const Tensor grads = conv_grads(source, s, last, chunk.r0, rows, groups, out.scalar_type());
-    Tensor target = out.narrow(0, s, n).view({n * groups, rows / groups, columns});
     const Tensor left = grads.reshape({n * groups, rows / groups, source.tokens()});
     const Tensor right = patches.view({n * groups, columns, source.tokens()}).transpose(1, 2);
-    if (source.adds) {
-      target.baddbmm_(left, right);
+    const Tensor target = out.narrow(0, s, n);
+    if (groups == 1) {
+      multiply(target, left, right, source.adds);
     } else {
-      at::bmm_out(target, left, right);
+      // Samples may lie apart in `out`, so that samples and groups are no one dimension there.
+      put(target, at::bmm(left, right).view({n, rows, columns}), source.adds);
     }
-  }
-}
-
-void put(const Tensor& out, const Tensor& values, bool adds) {
-  if (adds) {
-    out.add_(values);
-  } else {
-    out.copy_(values);
   }
 }
 
@@ -126,25 +132,52 @@ void form_vector(const Tensor& out, const Source& source, const Chunk& chunk) {
   }
 }
 
-// Adds tokens' vectors to the rows of the table that they name; the others' go to a spare row.
+// table [samples, rows, columns] += the vectors of tokens whose row of the whole table is `first`
+// or one of those after it. Tokens come in their order, each sum in one thread: index_put_ would
+// use atomics, and give other bits in every run.
+template <class T>
+void add_rows(const Tensor& table, const Tensor& index, const Tensor& values, int64_t first) {
+  const int64_t rows = table.size(1), columns = table.size(2), tokens = index.size(1);
+  T* to = table.mutable_data_ptr<T>();
+  const T* from = values.const_data_ptr<T>();
+  const int64_t* row = index.const_data_ptr<int64_t>();
+  at::parallel_for(0, table.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t place = row[s * tokens + t] - first;
+        if (place < 0 || place >= rows) continue;
+        T* sum = to + (s * rows + place) * columns;
+        const T* vector = from + (s * tokens + t) * columns;
+        for (int64_t c = 0; c < columns; ++c) sum[c] += vector[c];
+      }
+    }
+  });
+}
+
+void add_token_rows(const Tensor& table, const Tensor& index, const Tensor& values, int64_t first) {
+#ifdef LIGHTNING_MAT_WITH_CUDA
+  if (table.is_cuda()) return cuda_add_token_rows(table, index, values, first);
+#endif
+  if (table.scalar_type() == at::kDouble) {
+    add_rows<double>(table, index, values, first);
+  } else {
+    add_rows<float>(table, index, values, first);
+  }
+}
+
+// Adds tokens' vectors to the rows of the table that they name.
 void form_embedding(const Tensor& out, const Source& source, const Chunk& chunk) {
   const int64_t rows = chunk.r1 - chunk.r0, columns = chunk.c1 - chunk.c0;
-  const int64_t tokens = source.a.size(1);
-  const int64_t each = samples_each(std::max(tokens, rows + 1) * columns, out.scalar_type());
+  const auto wide = at::promoteTypes(out.scalar_type(), at::kFloat);
+  const int64_t each = samples_each((source.a.size(1) + rows) * columns, wide);
   for (int64_t s = 0; s < source.samples; s += each) {
     const int64_t n = std::min(each, source.samples - s);
-    const Tensor index = source.a.narrow(0, s, n);
-    const Tensor inside = index.ge(chunk.r0).logical_and_(index.lt(chunk.r1));
-    const Tensor place = index.sub(chunk.r0).masked_fill_(inside.logical_not(), rows);
-    const Tensor values = source.b.narrow(0, s, n)
-                              .narrow(2, chunk.c0, columns)
-                              .to(out.scalar_type())
-                              .reshape({n * tokens, columns});
-    const Tensor offset = at::arange(n, index.options()).mul_(rows + 1).unsqueeze(1);
-    Tensor table = at::zeros({n * (rows + 1), columns}, out.options());
-    // index_put_ with accumulate adds in a fixed order; index_add_ uses atomics on the GPU.
-    table.index_put_({place.add(offset).flatten()}, values, /*accumulate=*/true);
-    put(out.narrow(0, s, n), table.view({n, rows + 1, columns}).narrow(1, 0, rows), source.adds);
+    const Tensor index = source.a.narrow(0, s, n).contiguous();
+    const Tensor values =
+        source.b.narrow(0, s, n).narrow(2, chunk.c0, columns).to(wide).contiguous();
+    const Tensor table = at::zeros({n, rows, columns}, values.options());
+    add_token_rows(table, index, values, chunk.r0);
+    put(out.narrow(0, s, n), table, source.adds);
   }
 }
 
@@ -178,16 +211,23 @@ void check_source(const LayerPlan& layer, const Source& s, const std::string& wh
                       name, " has type ", t.scalar_type(),
                       ": pass float64, float32, bfloat16 or float16");
   };
+  const auto same_tokens = [&] {
+    TORCH_CHECK_VALUE(s.a.size(1) == s.b.size(1), where, ": a has ", s.a.size(1),
+                      " tokens and b has ", s.b.size(1), ": one output gradient belongs to each");
+  };
   floats(s.b, "b");
   switch (s.kind) {
     case Kind::kLinear:
       floats(s.a, "a");
       fits(s.a, "a", 3, layer.columns, "[samples, tokens, columns]");
       fits(s.b, "b", 3, layer.rows, "[samples, tokens, rows]");
+      same_tokens();
       break;
     case Kind::kScale:
       floats(s.a, "a");
       fits(s.a, "a", 3, layer.rows, "[samples, tokens, rows]");
+      fits(s.b, "b", 3, layer.rows, "[samples, tokens, rows]");
+      same_tokens();
       [[fallthrough]];
     case Kind::kBias:
       fits(s.b, "b", 3, layer.rows, "[samples, tokens, rows]");
@@ -224,9 +264,6 @@ void check_source(const LayerPlan& layer, const Source& s, const std::string& wh
                         " output channels do not make a weight of ", layer.rows, " rows and ",
                         layer.columns, " columns");
       for (int64_t d = 0; d < dims; ++d) {
-        TORCH_CHECK_VALUE(
-            s.kernel[d] > 0 && s.stride[d] > 0 && s.dilation[d] > 0 && s.padding[d] >= 0, where,
-            ": kernel, stride and dilation must be positive, padding at least 0");
         const int64_t reach =
             (s.b.size(d + 3) - 1) * s.stride[d] + (s.kernel[d] - 1) * s.dilation[d] + 1;
         // Padding after is that before, or one more where both make an uneven number.
@@ -295,8 +332,10 @@ std::vector<Chunk> cut_chunks(const LayerPlan& layer, const std::vector<Source>&
   // What a cut may not divide: a channel's kernel, and, across groups, a group's rows.
   int64_t row_grain = 1, column_grain = 1;
   bool by_columns = false;
+  int64_t copied_tokens = 1;  // of what is copied for a chunk: patches, gradients
   for (const Source& s : sources) {
     if (s.kind != Kind::kConv) continue;
+    copied_tokens = std::max(copied_tokens, s.tokens());
     column_grain = std::lcm(column_grain, s.kernel_size());
     // Patches are copied: cut so that no part of them is copied twice.
     by_columns = s.groups == 1;
@@ -331,19 +370,24 @@ std::vector<Chunk> cut_chunks(const LayerPlan& layer, const std::vector<Source>&
     const int64_t count = std::max<int64_t>((total + most - 1) / most, 1);
     return std::max<int64_t>(((total + count - 1) / count + grain - 1) / grain, 1) * grain;
   };
+  // One sample's copies of a chunk stay within kCopyBytes, too.
+  const int64_t copied = std::max<int64_t>(kCopyBytes / 4 / copied_tokens, 1);
+  const auto whole = [](int64_t most, int64_t grain) {
+    return std::max(most / grain * grain, grain);
+  };
   std::vector<Chunk> chunks;
   for (const Chunk& run : runs) {
     const int64_t rows = run.r1 - run.r0, columns = run.c1 - run.c0;
     int64_t row_step = rows, column_step = columns;
     if (by_columns) {
-      const int64_t most = std::max(elements / rows / column_grain * column_grain, column_grain);
-      column_step = even(columns, most, column_grain);
-      row_step = even(rows, std::max<int64_t>(elements / column_step, 1), 1);
+      column_step =
+          even(columns, whole(std::min(elements / rows, copied), column_grain), column_grain);
+      row_step = even(rows, std::min(std::max<int64_t>(elements / column_step, 1), copied), 1);
     } else {
-      const int64_t most = std::max(elements / columns / row_grain * row_grain, row_grain);
-      row_step = even(rows, most, row_grain);
-      const int64_t fitting = elements / row_step / column_grain * column_grain;
-      column_step = even(columns, std::max(fitting, column_grain), column_grain);
+      const bool conv = copied_tokens > 1;
+      const int64_t fitting = conv ? copied / columns * row_grain : elements;
+      row_step = even(rows, whole(std::min(elements / columns, fitting), row_grain), row_grain);
+      column_step = even(columns, whole(elements / row_step, column_grain), column_grain);
     }
     for (int64_t r = run.r0; r < run.r1; r += row_step) {
       for (int64_t c = run.c0; c < run.c1; c += column_step) {

@@ -41,7 +41,8 @@ struct Chunk {
 std::vector<Chunk> cut_chunks(const LayerPlan& layer, const std::vector<Source>& sources,
                               int64_t elements);
 
-// Writes the chunk's gradients into `out`, [samples, rows, columns] contiguous, in out's type.
+// Writes the chunk's gradients into `out`, [samples, rows, columns], every sample's contiguous, in
+// out's type.
 void form_chunk(const at::Tensor& out, const std::vector<Source>& sources, const Chunk& chunk);
 
 // Returns a convolution's patches: [samples, groups, channels * kernel, tokens], of the samples

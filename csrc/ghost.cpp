@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <unordered_set>
 
 namespace lightning_mat {
 namespace {
@@ -127,16 +128,18 @@ Tensor input_products(const LayerPlan& layer, const std::vector<Source>& sources
   return m;
 }
 
-// All output gradients, [rows, samples, tokens], contiguous, zeros where a sample has fewer tokens.
-Tensor output_gradients(const LayerPlan& layer, const std::vector<Source>& sources, int64_t samples,
-                        int64_t tokens, const at::TensorOptions& options) {
-  Tensor b = at::empty({layer.rows, samples, tokens}, options);
+// Some output gradients, [rows, samples, tokens], contiguous, zeros where a sample has fewer
+// tokens.
+Tensor output_gradients(const std::vector<Source>& sources, int64_t first, int64_t rows,
+                        int64_t samples, int64_t tokens, const at::TensorOptions& options) {
+  Tensor b = at::empty({rows, samples, tokens}, options);
   int64_t covered = 0;
   for (const Source& s : sources) covered += s.tokens() == tokens ? s.samples : 0;
   if (covered < samples) b.zero_();
   for (const Source& s : sources) {
+    const Tensor some = s.b.narrow(2, first, rows);
     const Tensor part =
-        s.kind == Kind::kLinear ? s.b : s.b.flatten(3).transpose(2, 3).flatten(1, 2);
+        s.kind == Kind::kLinear ? some : some.flatten(3).transpose(2, 3).flatten(1, 2);
     b.narrow(1, s.first, s.samples).narrow(2, 0, s.tokens()).copy_(part.permute({2, 0, 1}));
   }
   return b;
@@ -150,28 +153,48 @@ void mirror(const Tensor& gram, const Tensor& product, int64_t first, int64_t la
   }
 }
 
-void add_wide(const Tensor& grams, const Tensor& m, const Tensor& b, const Piece& piece,
-              int64_t slot, int64_t tokens, const std::vector<int64_t>& bounds) {
-  const int64_t samples = b.size(1), rows = piece.r1 - piece.r0;
-  const Tensor part = b.narrow(0, piece.r0, rows).view({rows, samples * tokens}).t();
+// Adds a piece of many rows: the products of its output gradients, summed over some rows at a time,
+// times those of the inputs.
+void add_wide(const Tensor& grams, const Tensor& m, const std::vector<Source>& sources,
+              const Piece& piece, int64_t slot, int64_t tokens, const std::vector<int64_t>& bounds,
+              int64_t elements) {
+  const int64_t samples = grams.size(1), pairs = samples * tokens;
+  const int64_t step = std::max<int64_t>(elements / pairs, 1);
+  const Tensor products = at::empty({pairs, pairs}, m.options());
+  for (int64_t r = piece.r0; r < piece.r1; r += step) {
+    const int64_t rows = std::min(step, piece.r1 - r);
+    const Tensor b = output_gradients(sources, r, rows, samples, tokens, m.options());
+    add_products(products, b.view({rows, pairs}).t(), bounds, tokens, r > piece.r0);
+  }
   const Tensor gram = grams.select(0, slot);
   for (size_t k = 0; k + 1 < bounds.size(); ++k) {
     const int64_t first = bounds[k], last = bounds[k + 1], n = last - first;
-    Tensor product =
-        at::mm(part.narrow(0, first * tokens, n * tokens), part.narrow(0, 0, last * tokens).t());
-    product.mul_(m.narrow(0, first * tokens, n * tokens).narrow(1, 0, last * tokens));
-    if (tokens > 1) product = product.view({n, tokens, last, tokens}).sum({1, 3});
+    const auto panel = [&](const Tensor& t) {
+      return t.narrow(0, first * tokens, n * tokens).narrow(1, 0, last * tokens);
+    };
+    Tensor product = panel(products).mul_(panel(m));
+    if (tokens > 1)
+      product = product.unflatten(0, {n, tokens}).unflatten(2, {last, tokens}).sum({1, 3});
     mirror(gram, product, first, last);
   }
 }
 
 }  // namespace
 
-bool can_ghost(const LayerPlan& layer, const std::vector<Source>& sources, int64_t samples) {
+bool can_ghost(const LayerPlan& layer, const std::vector<Source>& sources, int64_t samples,
+               int64_t elements) {
+  int64_t tokens = 0, positions = 0;
   for (const Source& s : sources) {
     const bool alone = sources.size() == 1 && s.samples == samples && s.groups == 1;
     if (s.adds || !(s.kind == Kind::kLinear || (s.kind == Kind::kConv && alone))) return false;
+    tokens = std::max(tokens, s.tokens());
+    if (s.kind == Kind::kConv) positions = s.positions();
   }
+  // Products of inputs and of output gradients, and those of a convolution's elements.
+  const double pairs =
+      2.0 * static_cast<double>(samples * tokens) * static_cast<double>(samples * tokens) +
+      static_cast<double>(samples * positions) * static_cast<double>(samples * positions);
+  if (pairs > static_cast<double>(elements)) return false;
   for (int64_t k = 0; k < layer.piece_count; ++k) {
     const Piece& p = layer.pieces[k];
     if (p.r0 < p.r1 && (p.c0 != 0 || p.c1 != layer.columns)) return false;
@@ -184,9 +207,8 @@ void add_ghost(const Tensor& grams, const LayerPlan& layer, const std::vector<So
   const int64_t samples = grams.size(1), tokens = all_tokens(sources);
   if (samples == 0 || tokens == 0 || layer.piece_count == 0) return;
   const std::vector<int64_t> bounds = panel_bounds(samples, tokens);
-  const Tensor m =
-      input_products(layer, sources, samples, tokens, bounds, elements, grams.options(), kernels);
-  const Tensor b = output_gradients(layer, sources, samples, tokens, grams.options());
+  const Tensor m = input_products(layer, sources, samples, tokens, bounds, elements / 4,
+                                  grams.options(), kernels);
 
   // Wide pieces by themselves; runs of narrow ones together.
   std::vector<Piece> narrow;
@@ -194,33 +216,32 @@ void add_ghost(const Tensor& grams, const LayerPlan& layer, const std::vector<So
     const Piece& p = layer.pieces[k];
     if (p.r0 == p.r1) continue;
     if (is_wide(p, tokens)) {
-      add_wide(grams, m, b, p, layer.targets[p.unit].slot, tokens, bounds);
+      add_wide(grams, m, sources, p, layer.targets[p.unit].slot, tokens, bounds, elements / 4);
     } else {
       narrow.push_back(p);
     }
   }
   std::sort(narrow.begin(), narrow.end(),
             [](const Piece& x, const Piece& y) { return x.r0 < y.r0; });
-  const int64_t most = std::max<int64_t>(elements / (samples * samples * tokens), 1);
+  const int64_t most = std::max<int64_t>(elements / 2 / (samples * samples * tokens), 1);
   for (size_t k = 0; k < narrow.size();) {
     // Neighbouring pieces, as many rows as fit; a piece is never cut, so that one sum is one
     // Gram's.
     std::vector<int64_t> slots, begins;
     const int64_t row = narrow[k].r0;
     int64_t end = row;
-    std::vector<bool> seen(grams.size(0));
+    std::unordered_set<int64_t> seen;
     for (; k < narrow.size() && narrow[k].r0 == end; ++k) {
       const int64_t slot = layer.targets[narrow[k].unit].slot;
       const bool fits = narrow[k].r1 - row <= most || end == row;
-      if (!fits || seen[slot]) break;  // one Gram is added to once in a sum
-      seen[slot] = true;
+      if (!fits || !seen.insert(slot).second) break;  // one Gram is added to once in a sum
       begins.push_back(narrow[k].r0 - row);
       slots.push_back(slot);
       end = narrow[k].r1;
     }
     begins.push_back(end - row);
     const int64_t rows = end - row;
-    const Tensor own = b.narrow(0, row, rows);
+    const Tensor own = output_gradients(sources, row, rows, samples, tokens, grams.options());
     for (size_t panel = 0; panel + 1 < bounds.size(); ++panel) {
       const int64_t first = bounds[panel], last = bounds[panel + 1], n = last - first;
       const Tensor left = own.narrow(1, first, n).transpose(0, 1);

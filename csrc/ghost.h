@@ -29,7 +29,9 @@ void add_ghost(const at::Tensor& grams, const LayerPlan& layer, const std::vecto
                int64_t elements, const GhostKernels& kernels);
 
 // Whether the layer and its sources can go this way: every piece has all columns, and every sample
-// has one source, a sum of outer products; convolutions, of one group, from one source.
-bool can_ghost(const LayerPlan& layer, const std::vector<Source>& sources, int64_t samples);
+// has one source, a sum of outer products; convolutions, of one group, from one source. Products of
+// all pairs of tokens have to fit `elements` numbers.
+bool can_ghost(const LayerPlan& layer, const std::vector<Source>& sources, int64_t samples,
+               int64_t elements);
 
 }  // namespace lightning_mat

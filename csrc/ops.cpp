@@ -159,8 +159,8 @@ std::vector<LayerPlan> check_pass(const Tensor& grams, const Tensor& eigenvalues
   TORCH_CHECK_VALUE(workspace > 0, "workspace must be a positive number of bytes, got ", workspace);
   TORCH_CHECK_VALUE(a.size() == b.size(), "a and b must come in pairs, got ", a.size(), " and ",
                     b.size());
-  for (const std::vector<Tensor>& tensors : {a, b}) {
-    for (const Tensor& t : tensors) {
+  for (const std::vector<Tensor>* tensors : {&a, &b}) {
+    for (const Tensor& t : *tensors) {
       TORCH_CHECK_VALUE(t.device() == grams.device(), "a captured tensor is on ", t.device(),
                         " and grams on ", grams.device(), ": put all on one device");
     }
@@ -209,7 +209,8 @@ void mntk_accumulate_cpu(const Tensor& grams, const Tensor& eigenvalues,
                          const std::vector<Tensor>& a, const std::vector<Tensor>& b,
                          const Tensor& plan, std::string precision, int64_t workspace) {
   const auto layers = check_pass(grams, eigenvalues, a, b, plan, precision, workspace);
-  run_pass(*cpu_backend(grams, eigenvalues), layers, a, b, grams.size(1), workspace);
+  run_pass(*cpu_backend(grams, eigenvalues), layers, a, b, grams.size(1), workspace,
+           /*tf32=*/false);
 }
 
 std::tuple<Tensor, Tensor> mntk_spectra_cpu(const std::vector<Tensor>& a,
@@ -246,7 +247,7 @@ void mntk_accumulate_cuda(const Tensor& grams, const Tensor& eigenvalues,
   const auto layers = check_pass(grams, eigenvalues, a, b, plan, precision, workspace);
   const c10::cuda::CUDAGuard guard(grams.device());
   run_pass(*cuda_backend(grams, eigenvalues, precision, workspace), layers, a, b, grams.size(1),
-           workspace);
+           workspace, precision == "tf32");
 }
 
 std::tuple<Tensor, Tensor> mntk_spectra_cuda(const std::vector<Tensor>& a,
@@ -282,6 +283,11 @@ pybind11::dict build_info() {
   info["cuda"] = LIGHTNING_MAT_BUILD_CUDA;
   info["arch_list"] = LIGHTNING_MAT_BUILD_ARCH_LIST;
   info["compiler"] = LIGHTNING_MAT_BUILD_COMPILER;
+#ifdef _OPENMP
+  info["parallel"] = "openmp";
+#else
+  info["parallel"] = "";  // at::parallel_for runs on one thread
+#endif
   return info;
 }
 

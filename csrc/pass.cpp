@@ -1,9 +1,11 @@
 #include "pass.h"
 
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace lightning_mat {
 namespace {
@@ -51,10 +53,12 @@ bool run_on_chip(Backend& backend, const LayerPlan& layer, const std::vector<Sou
 
 void run_pass(Backend& backend, const std::vector<LayerPlan>& layers,
               const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b, int64_t samples,
-              int64_t workspace) {
+              int64_t workspace, bool tf32) {
   // No graph is recorded, and products are of the types that are asked for here.
   const at::AutoDispatchBelowADInplaceOrView no_graph;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  std::optional<at::NoTF32Guard> exact;
+  if (!tf32) exact.emplace();
   // Everything is checked before anything is changed.
   std::vector<std::vector<Source>> sources;
   for (size_t k = 0; k < layers.size(); ++k) {
@@ -65,7 +69,7 @@ void run_pass(Backend& backend, const std::vector<LayerPlan>& layers,
     const auto elements = workspace / static_cast<int64_t>(c10::elementSize(backend.type()));
     backend.begin(layer);
     if (samples > 0 && layer.piece_count > 0 && !sources[k].empty()) {
-      if (layer.way == Way::kGhost && can_ghost(layer, sources[k], samples)) {
+      if (layer.way == Way::kGhost && can_ghost(layer, sources[k], samples, elements)) {
         backend.add_ghost(layer, sources[k], elements);
       } else if (layer.way != Way::kChip || !run_on_chip(backend, layer, sources[k], samples)) {
         run_staged(backend, layer, sources[k], samples, workspace);

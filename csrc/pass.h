@@ -35,8 +35,9 @@ class Backend {
 };
 
 // Runs the layers of a plan. `workspace` bounds, in bytes, the gradients that are formed at a time.
+// With `tf32` the library's products are as exact as the process lets them be; else exact.
 void run_pass(Backend& backend, const std::vector<LayerPlan>& layers,
               const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b, int64_t samples,
-              int64_t workspace);
+              int64_t workspace, bool tf32);
 
 }  // namespace lightning_mat

@@ -1,5 +1,5 @@
 // The plan of a pass, decoded: which captured tensors make which layer's per-sample gradients, and
-// which units own what of them. lightning_mat/mntk/plan_words.py writes the words.
+// which units own what of them. lightning_mat/mntk/words.py writes the words.
 //
 // A plan is a list of int64 words: the version, the number of layers, and per layer
 //   rows, columns, way, sources, targets, pieces,
@@ -18,6 +18,8 @@
 namespace lightning_mat {
 
 constexpr int64_t kPlanVersion = 1;
+// Of a kernel, a stride and so on: products of three of them stay within 64 bits.
+constexpr int64_t kLargestSize = int64_t{1} << 20;
 
 // How a source's tensors make a per-sample gradient, [samples, rows, columns].
 enum class Kind : int64_t {
@@ -91,11 +93,19 @@ inline void check_layer(const LayerPlan& layer, const std::string& name, int64_t
   for (int64_t k = 0; k < layer.source_count; ++k) {
     const SourceRecord& s = layer.sources[k];
     if (s.kind < 0 || s.kind >= kKinds) fail(name + " has no known kind: " + number(s.kind));
-    if (s.first < 0 || s.samples < 0 || s.first + s.samples > samples) {
-      fail(name + " has a source of the samples [" + number(s.first) + ", " +
-           number(s.first + s.samples) + ") of " + number(samples));
+    if (s.first < 0 || s.samples < 0 || s.samples > samples || s.first > samples - s.samples) {
+      fail(name + " has a source of " + number(s.samples) + " samples from " + number(s.first) +
+           " on, of " + number(samples));
     }
     if (s.dims < 0 || s.dims > 3 || s.groups < 1) fail(name + " has no known geometry");
+    for (const int64_t* sizes : {s.kernel, s.stride, s.dilation, s.padding}) {
+      for (int64_t d = 0; d < s.dims; ++d) {
+        const bool padding = sizes == s.padding;
+        if (sizes[d] < (padding ? 0 : 1) || sizes[d] > kLargestSize) {
+          fail(name + " has a geometry of size " + number(sizes[d]));
+        }
+      }
+    }
   }
   std::unordered_set<int64_t> taken;
   for (int64_t k = 0; k < layer.target_count; ++k) {
@@ -135,6 +145,7 @@ inline std::vector<LayerPlan> decode_plan(const int64_t* words, int64_t count, i
     fail("made by another version of lightning_mat: compile the extension again");
   }
   std::vector<LayerPlan> layers;
+  std::vector<bool> solved(slots), written(rows_of_eigenvalues);
   int64_t at = 2;
   const auto take = [&](int64_t records, int64_t words_each) {
     if (records < 0 || records > (count - at) / words_each) {
@@ -158,6 +169,16 @@ inline std::vector<LayerPlan> decode_plan(const int64_t* words, int64_t count, i
     layer.targets = reinterpret_cast<const TargetRecord*>(take(head[4], kTargetWords));
     layer.pieces = reinterpret_cast<const Piece*>(take(head[5], kPieceWords));
     check_layer(layer, "layer " + number(k), slots, rows_of_eigenvalues, samples);
+    for (int64_t t = 0; t < layer.target_count; ++t) {
+      const TargetRecord& target = layer.targets[t];
+      if (solved[target.slot] && target.fresh == 0) {
+        fail("layer " + number(k) + " adds to Gram " + number(target.slot) + ", which is solved");
+      }
+      solved[target.slot] = target.row >= 0;
+      if (target.row < 0) continue;
+      if (written[target.row]) fail("row " + number(target.row) + " is written twice");
+      written[target.row] = true;
+    }
     layers.push_back(layer);
   }
   if (at != count) fail("has " + number(count - at) + " words too many");

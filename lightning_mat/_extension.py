@@ -16,7 +16,7 @@ class Extension(NamedTuple):
 
     Attributes:
         info: What it was built with (``torch``, ``cuda``, ``arch_list``, ``compiler``,
-            ``backends``, ``reason``, ``version``); empty where it cannot be used.
+            ``backends``, ``reason``, ``parallel``, ``version``); empty where it cannot be used.
         error: Why it cannot be used; empty where it can.
     """
 

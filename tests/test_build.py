@@ -230,6 +230,13 @@ ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack s
     ]
 
 
+@pytest.mark.skipif(bool(_extension.load().error), reason="the library is not compiled")
+@pytest.mark.skipif(sys.platform != "linux", reason="compiled without OpenMP")
+def test_the_library_runs_on_all_threads():
+    """Without OpenMP torch's parallel loops run on one thread, and nobody notices."""
+    assert _extension.load().info["parallel"] == "openmp"
+
+
 @pytest.mark.skipif(
     "cuda" not in _extension.load().backends, reason="the library was compiled without CUDA"
 )

@@ -16,6 +16,7 @@
 #include "../work.h"
 #include "ghost.h"
 #include "gram_launch.h"
+#include "rows.h"
 #include "upload.h"
 
 namespace lightning_mat {
@@ -43,7 +44,7 @@ Scalar scalar_of(at::ScalarType type) {
 
 void check(cudaError_t error, const char* what, const Tensor& grams) {
   TORCH_CHECK(error == cudaSuccess, what, " could not start on ", grams.device(), ": ",
-              cudaGetErrorString(error), " (grams ", grams.sizes(), ")");
+              cudaGetErrorString(error), " (a tensor of shape ", grams.sizes(), ")");
 }
 
 // Copies host values to the device on the current stream, without waiting for it.
@@ -71,11 +72,51 @@ Tensor upload(const void* values, int64_t bytes, const at::Device& device) {
 // fit, or else within what one block may have.
 Basis basis_for(Scalar gram_type, int64_t samples) {
   int device = 0, of_block = 0, of_multiprocessor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  for (const cudaError_t error :
+       {cudaGetDevice(&device),
+        cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                               device)}) {
+    TORCH_CHECK(error == cudaSuccess,
+                "the device does not tell its shared memory: ", cudaGetErrorString(error));
+  }
   const Basis shared = chip_basis(gram_type, samples, std::min(of_block, of_multiprocessor / 2));
   return shared != Basis::kNone ? shared : chip_basis(gram_type, samples, of_block);
+}
+
+int64_t items_of(const Piece& piece) {
+  return (piece_elements(piece) + kItemElements - 1) / kItemElements;
+}
+
+// Cuts pieces into lists of at most `most` items each, as far as rows and columns can be cut. The
+// cuts depend on the pieces alone, and so does the order of sums.
+std::vector<std::vector<Piece>> in_parts(const std::vector<Piece>& pieces, int64_t most) {
+  std::vector<std::vector<Piece>> parts(1);
+  int64_t items = 0;
+  const auto put = [&](const Piece& piece) {
+    if (items > 0 && items + items_of(piece) > most) {
+      parts.emplace_back();
+      items = 0;
+    }
+    parts.back().push_back(piece);
+    items += items_of(piece);
+  };
+  for (const Piece& piece : pieces) {
+    const int64_t rows = piece.r1 - piece.r0, columns = piece.c1 - piece.c0;
+    if (items_of(piece) <= most) {
+      put(piece);
+      continue;
+    }
+    const int64_t row_step = std::max<int64_t>(most * kItemElements / columns, 1);
+    const int64_t column_step = std::min(columns, most * kItemElements);
+    for (int64_t r = 0; r < rows; r += row_step) {
+      for (int64_t c = 0; c < columns; c += column_step) {
+        put({piece.unit, piece.r0 + r, std::min(piece.r0 + r + row_step, piece.r1), piece.c0 + c,
+             std::min(piece.c0 + c + column_step, piece.c1)});
+      }
+    }
+  }
+  return parts;
 }
 
 // What is going to be launched.
@@ -90,12 +131,14 @@ class Pending {
 
   bool empty() const { return targets_.empty(); }
   bool has(int64_t slot) const { return place_[slot] >= 0; }
-  // Whether another block would make the partial Grams too large.
-  bool full() const {
+  // Items that a launch may have: so many that their partial Grams stay within kPartialBytes.
+  int64_t most_items() const {
     const int64_t scalar = sums_in_double(scalar_of(type_), gram_type()) ? 8 : 4;
-    const int64_t tiles = tile_count(grams_.size(1));
-    return items_ * tiles * partial_elements(grams_.size(1)) * scalar >= kPartialBytes;
+    const int64_t samples = grams_.size(1);
+    const int64_t each = tile_count(samples) * partial_elements(samples) * scalar;
+    return std::max<int64_t>(kPartialBytes / each, 1);
   }
+  int64_t items() const { return items_; }
 
   Target& target(int64_t slot) {
     if (!has(slot)) {
@@ -122,7 +165,7 @@ class Pending {
       shares.back().last = at + 1;
       pieces_.push_back(piece);
       pieces_.back().unit = place_[slot];
-      items_ += (piece_elements(piece) + kItemElements - 1) / kItemElements;
+      items_ += items_of(piece);
     }
   }
 
@@ -269,7 +312,7 @@ class CudaBackend : public Backend {
     const int64_t per_16 = 16 / scalar;
     const int64_t pitch = (rows * columns + per_16 - 1) / per_16 * per_16;
     const int64_t bytes = grams_.size(1) * pitch * scalar;
-    if (used_ > 0 && (used_ + bytes > arena_.numel() || pending_.full())) flush();
+    if (used_ > 0 && used_ + bytes > arena_.numel()) flush();
     if (!arena_.defined() || arena_.numel() < bytes) {
       arena_ = Tensor();
       arena_ = at::empty({std::max(bytes, workspace_)}, grams_.options().dtype(at::kByte));
@@ -282,12 +325,11 @@ class CudaBackend : public Backend {
   bool reads(const Tensor& grad) const override { return grad.scalar_type() == type_; }
 
   void add(const Tensor& block, const std::vector<Piece>& pieces) override {
-    pending_.add(block_of(block), pieces, layer_.targets, {block});
+    add_parts(block_of(block), pieces, {block});
   }
 
   bool add_chip(const Source& source, const std::vector<Piece>& pieces) override {
     if (source.a.scalar_type() != type_ || source.b.scalar_type() != type_) return false;
-    if (pending_.full()) flush();
     Block block{};
     block.a = source.a.const_data_ptr();
     block.b = source.b.const_data_ptr();
@@ -298,7 +340,7 @@ class CudaBackend : public Backend {
     block.b_token = source.b.stride(1);
     block.b_row = source.b.stride(2);
     block.tokens = source.tokens();
-    pending_.add(block, pieces, layer_.targets, {source.a, source.b});
+    add_parts(block, pieces, {source.a, source.b});
     return true;
   }
 
@@ -313,7 +355,6 @@ class CudaBackend : public Backend {
     for (int64_t k = 0; k < layer.target_count; ++k) {
       pending_.target(layer.targets[k].slot).row = layer.targets[k].row;
     }
-    if (pending_.full()) flush();
   }
 
   void finish() override { flush(); }
@@ -321,6 +362,18 @@ class CudaBackend : public Backend {
   at::ScalarType type() const override { return type_; }
 
  private:
+  // Each part of a block is a share of its own.
+  void add_parts(const Block& block, const std::vector<Piece>& pieces,
+                 const std::vector<Tensor>& held) {
+    for (const std::vector<Piece>& part : in_parts(pieces, pending_.most_items())) {
+      int64_t items = 0;
+      for (const Piece& piece : part) items += items_of(piece);
+      // What is staged stays where it is: the arena is free only when all of it was launched.
+      if (pending_.items() + items > pending_.most_items()) pending_.launch();
+      pending_.add(block, part, layer_.targets, held);
+    }
+  }
+
   void flush() {
     pending_.launch();
     used_ = 0;
@@ -355,8 +408,26 @@ void cuda_gram_accumulate(const Tensor& grams, const Tensor& grad, const Piece* 
     local.push_back(pieces[k]);
     local.back().unit = static_cast<int64_t>(targets.size()) - 1;
   }
-  pending.add(block_of(grad), local, targets.data(), {grad});
-  pending.launch();
+  for (const std::vector<Piece>& part : in_parts(local, pending.most_items())) {
+    pending.add(block_of(grad), part, targets.data(), {grad});
+    pending.launch();
+  }
+}
+
+void cuda_add_token_rows(const Tensor& table, const Tensor& index, const Tensor& values,
+                         int64_t first) {
+  RowsParams p{};
+  p.table = table.mutable_data_ptr();
+  p.values = values.const_data_ptr();
+  p.index = index.const_data_ptr<int64_t>();
+  p.samples = table.size(0);
+  p.rows = table.size(1);
+  p.columns = table.size(2);
+  p.tokens = index.size(1);
+  p.first = first;
+  p.type = scalar_of(table.scalar_type());
+  check(cuda_add_rows(p, c10::cuda::getCurrentCUDAStream()), "the sum over an embedding's tokens",
+        table);
 }
 
 void cuda_solve(const Tensor& grams, SpectrumParams p) {
@@ -365,9 +436,7 @@ void cuda_solve(const Tensor& grams, SpectrumParams p) {
   p.samples = grams.size(1);
   const int64_t doubles = lanczos_workspace(p.samples);
   const auto bytes = doubles * static_cast<int64_t>(sizeof(double));
-  p.workers = std::min<int64_t>(p.count, kSolverBytes / bytes);
-  TORCH_CHECK_VALUE(p.workers > 0, "grams of shape ", grams.sizes(), " have too many samples for ",
-                    grams.device(), ": move them to the CPU, or measure fewer samples");
+  p.workers = std::min<int64_t>(p.count, std::max<int64_t>(kSolverBytes / bytes, 1));
   const Tensor workspace = at::empty({p.workers * doubles}, grams.options().dtype(at::kDouble));
   p.workspace = workspace.mutable_data_ptr<double>();
   check(cuda_spectrum(p, c10::cuda::getCurrentCUDAStream()), "the eigenvalue kernel", grams);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mat.mntk import ops
-from lightning_mat.mntk.cost import choose_way
+from lightning_mat.mntk.cost import choose_way, possible_ways
 from lightning_mat.mntk.factors import Factor, Source
 from lightning_mat.mntk.plan import MAX_WORKSPACE
 from lightning_mat.mntk.words import Words, layer_words, plan_words
@@ -26,6 +27,19 @@ def default_workspace(device: torch.device | str) -> int:
         return MAX_WORKSPACE
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(_MOST_WORKSPACE, max(_LEAST_WORKSPACE, cache // 2))
+
+
+def check_workspace(workspace: int | None, device: torch.device | str) -> int:
+    """Return the workspace's bytes: those asked for, or the device's default.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if workspace is None:
+        return default_workspace(device)
+    if workspace <= 0:
+        raise ValueError(f"workspace must be a positive number of bytes, got {workspace}")
+    return workspace
 
 
 class Solved(NamedTuple):
@@ -76,6 +90,18 @@ class Slots:
         done = self.remaining[units] == 0
         return np.stack([self.place[units], fresh, np.where(done, units, -1)], 1)
 
+    def state(self, units: npt.NDArray[np.int64]) -> tuple[Words, Words]:
+        """Return what :meth:`restore` needs to undo a :meth:`take`."""
+        return self.place[units].copy(), self.remaining[units].copy()
+
+    def restore(self, units: npt.NDArray[np.int64], before: tuple[Words, Words]) -> None:
+        """Undo a :meth:`take`."""
+        place, remaining = before
+        taken = self.place[units[place < 0]]
+        if not self.keep:
+            self._free[taken] = True
+        self.place[units], self.remaining[units] = place, remaining
+
     def release(self, units: npt.NDArray[np.int64]) -> None:
         """Give the places of the solved units among these back."""
         done = units[self.remaining[units] == 0]
@@ -122,7 +148,7 @@ class Accumulator:
     ) -> None:
         self.samples, self.precision = samples, precision
         self.device = torch.device(device)
-        self.workspace = workspace or default_workspace(device)
+        self.workspace = check_workspace(workspace, device)
         self.fused = ops.use_extension(self.device, backend)
         self.slots = Slots(remaining, keep_gram)
         self.dtype = dtype if self.fused else torch.float64
@@ -140,19 +166,38 @@ class Accumulator:
                 (:func:`~lightning_mat.mntk.words.piece_table`).
             way: ``"staged"``, ``"chip"``, ``"ghost"``, or ``"auto"`` for the one that is counted
                 to be cheapest (:mod:`~lightning_mat.mntk.cost`).
+
+        Raises:
+            ValueError: If a tensor does not fit, or a unit has had all its parameters; nothing is
+                added then.
         """
         units, owner = np.unique(pieces[:, 0], return_inverse=True)
+        sources = factor.sources()
+        before = self.slots.state(units)
         targets = self.slots.take(units)
         self._grow()
         local = np.concatenate([owner[:, None], pieces[:, 1:]], 1)
-        sources = factor.sources()
+        try:
+            self._add(factor, sources, targets, local, way)
+        except ValueError:
+            self.slots.restore(units, before)  # tensors that do not fit are found before all else
+            raise
+        self.slots.release(units)
+
+    def _add(
+        self,
+        factor: Factor,
+        sources: list[Source] | None,
+        targets: Words,
+        local: Words,
+        way: str,
+    ) -> None:
         if not self.fused:
             self._add_eagerly(factor, targets, local)
         elif sources is None:
             self._add_blocks(factor, targets, local)
         else:
             self._add_sources((factor.rows, factor.columns), sources, targets, local, way)
-        self.slots.release(units)
 
     def finish(self) -> Solved:
         """Return the eigenvalues; units of which parameters are missing are solved as they are."""
@@ -278,16 +323,19 @@ def fused_layer(
         # Slabs of columns are slabs of rows of the transposed gradient, which are contiguous.
         swapped, shape = True, (shape[1], shape[0])
         pieces = pieces[:, [0, 3, 4, 1, 2]]
+    ways = possible_ways(
+        samples,
+        shape,
+        sources,
+        pieces,
+        workspace=workspace,
+        itemsize=itemsize,
+        on_gpu=bool(sources) and sources[0].b.is_cuda,
+    )
     if way == "auto":
-        way = choose_way(
-            samples,
-            shape,
-            sources,
-            pieces,
-            workspace=workspace,
-            itemsize=itemsize,
-            on_gpu=bool(sources) and sources[0].b.is_cuda,
-        )
+        way = choose_way(samples, shape, sources, pieces, ways)
+    elif way not in ways:
+        way = "staged"
     indexed = [(first_index + k, source) for k, source in enumerate(sources)]
     words = layer_words(shape, way, indexed, targets, pieces, swapped=swapped)
     b = [source.b.detach() for source in sources]
@@ -308,22 +356,40 @@ def _rows_that_occur(
     Raises:
         ValueError: If the rows are not int64.
     """
-    index = [source.a for source in sources if source.a is not None]
+    index = [source.a.contiguous() for source in sources if source.a is not None]
     if any(i.dtype != torch.int64 for i in index):
         raise ValueError(f"a must hold the int64 rows of an embedding, got type {index[0].dtype}")
-    present = torch.cat([i.flatten() for i in index]).unique()
-    present = present[present >= 0]
-    bounds = torch.from_numpy(np.ascontiguousarray(pieces[:, 1:3])).to(present.device)
+    flat = torch.cat([i.flatten() for i in index])
     moved = pieces.copy()
-    moved[:, 1:3] = torch.searchsorted(present, bounds).cpu().numpy()
+    if flat.is_cuda and len(pieces) == 1 and tuple(pieces[0, 1:3]) == (0, shape[0]):
+        # Which words occur stays on the device: as many rows as there are tokens hold them all.
+        places = _ranks(flat)
+        count = min(len(flat), shape[0])
+        moved[:, 2] = count
+    else:
+        present = flat.unique()
+        present = present[present >= 0]
+        bounds = torch.from_numpy(np.ascontiguousarray(pieces[:, 1:3])).to(present.device)
+        moved[:, 1:3] = torch.searchsorted(present, bounds).cpu().numpy()
+        places = torch.searchsorted(present, flat).masked_fill(flat < 0, -1)
+        count = len(present)
+    parts = places.split([i.numel() for i in index])
     compact = [
-        Source(
-            "embedding",
-            torch.searchsorted(present, i).masked_fill(i < 0, -1),
-            source.b,
-            source.first,
-            source.adds,
-        )
-        for source, i in zip(sources, index, strict=True)
+        replace(source, a=part.view(i.shape))
+        for source, part, i in zip(sources, parts, index, strict=True)
     ]
-    return (len(present), shape[1]), compact, moved
+    return (count, shape[1]), compact, moved
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return each value's rank among the different ones that are not negative, else -1.
+
+    Example:
+        >>> _ranks(torch.tensor([7, 3, -1, 7])).tolist()
+        [1, 0, -1, 1]
+    """
+    ordered, order = values.sort()
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    ranks = (first & (ordered >= 0)).cumsum(0) - 1
+    return torch.empty_like(ranks).scatter_(0, order, ranks).masked_fill_(values < 0, -1)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_mat.mntk.accumulate import Accumulator
-from lightning_mat.mntk.factors import Factor, Zero, add_uses, stack_samples
+from lightning_mat.mntk.factors import (
+    Dense,
+    Factor,
+    Scaled,
+    Summed,
+    Zero,
+    add_uses,
+    stack_samples,
+)
 from lightning_mat.mntk.fallback import fallback_factors
 from lightning_mat.mntk.layout import Layout, Ragged
 from lightning_mat.mntk.plan import MIN_WORKSPACE
@@ -82,7 +90,11 @@ class Collector:
     def _take(self, call: Call, factors: Mapping[str, Factor]) -> None:
         call.x, call.inputs, call.outputs, call.grads = None, None, None, {}
         for attribute, name in call.names.items():
-            self._uses.setdefault(name, []).append(factors[attribute])
+            use = factors[attribute]
+            if not self._last and isinstance(use, Scaled | Summed):
+                # what waits for other micro-batches waits as a sum over tokens, not as the tokens
+                use = Dense(use.block(0, use.rows))
+            self._uses.setdefault(name, []).append(use)
             self._missing[name] -= 1
             if self._last and self._missing[name] == 0:
                 self._batch(name, self._uses.pop(name))

@@ -28,8 +28,18 @@ CHIP_TOKENS = 4
 # as much as this many multiply-adds of a matrix product.
 ELEMENTWISE = 12
 
-# Of all pairs of samples, in four panels of one triangle (csrc/ghost.cpp).
-PAIR_SHARE = 0.625
+_PANELS, _PANEL_TOKENS = 4, 128
+
+
+def panel_share(samples: int, tokens: int) -> float:
+    """Return which share of the pairs of samples is formed: panels of one triangle (ghost.cpp).
+
+    Example:
+        >>> panel_share(64, 16), panel_share(2, 1)
+        (0.625, 1.0)
+    """
+    panels = max(1, min(samples * tokens // _PANEL_TOKENS, _PANELS, samples))
+    return (panels + 1) / (2 * panels)
 
 
 def ghost_multiply_adds(
@@ -46,7 +56,7 @@ def ghost_multiply_adds(
             products of elements, which are formed once.
     """
     of_inputs = (samples * (positions or tokens)) ** 2 * inputs
-    return PAIR_SHARE * (of_inputs + (samples * tokens) ** 2 * rows)
+    return panel_share(samples, tokens) * (of_inputs + (samples * tokens) ** 2 * rows)
 
 
 def staged_multiply_adds(samples: int, tokens: float, elements: int) -> float:
@@ -54,7 +64,7 @@ def staged_multiply_adds(samples: int, tokens: float, elements: int) -> float:
     return samples * elements * (tokens + samples)
 
 
-def choose_way(
+def possible_ways(
     samples: int,
     shape: tuple[int, int],
     sources: Sequence[Source],
@@ -63,8 +73,8 @@ def choose_way(
     workspace: int,
     itemsize: int,
     on_gpu: bool,
-) -> str:
-    """Return the way that is counted to be cheapest, of those that the layer can go.
+) -> tuple[str, ...]:
+    """Return the ways that a layer can go (csrc/ghost.cpp and csrc/pass.cpp decide alike).
 
     Args:
         samples: S.
@@ -75,28 +85,63 @@ def choose_way(
         itemsize: Bytes of a number in a Gram.
         on_gpu: Whether the layer's tensors are on a GPU.
     """
-    _, columns = shape
+    ways = ["staged"]
     tokens = max((source.tokens for source in sources), default=0)
-    heights = pieces[:, 2] - pieces[:, 1]
-    elements = int((heights * (pieces[:, 4] - pieces[:, 3])).sum())
-    whole = bool(((pieces[:, 3] == 0) & (pieces[:, 4] == columns)).all())
-    if not elements or not tokens:
-        return "staged"
+    heights, widths = pieces[:, 2] - pieces[:, 1], pieces[:, 4] - pieces[:, 3]
+    if not tokens or not (heights * widths).any():
+        return ("staged",)
     linear = all(source.kind == "linear" for source in sources)
-    geometry = sources[0].geometry if len(sources) == 1 else None
-    conv = geometry is not None and geometry.groups == 1 and sources[0].samples == samples
+    conv = _is_plain_convolution(samples, sources)
+    whole = bool(((pieces[:, 3] == 0) & (pieces[:, 4] == shape[1]))[heights > 0].all())
     if whole and (linear or conv) and not any(source.adds for source in sources):
+        positions = sources[0].positions if conv else 0
+        numbers = 2 * (samples * tokens) ** 2 + (samples * positions) ** 2
+        if numbers * itemsize <= workspace:
+            ways.append("ghost")
+    if on_gpu and linear and len(sources) == 1 and sources[0].samples == samples:
+        ways.append("chip")
+    return tuple(ways)
+
+
+def choose_way(
+    samples: int,
+    shape: tuple[int, int],
+    sources: Sequence[Source],
+    pieces: Words,
+    ways: Sequence[str],
+) -> str:
+    """Return the way that is counted to be cheapest, of those that the layer can go.
+
+    Args:
+        samples: S.
+        shape: Rows and columns of the layer's gradient.
+        sources: What makes it.
+        pieces: What of it is owned, ``[m, 5]``.
+        ways: :func:`possible_ways`.
+    """
+    if ways == ("staged",):
+        return "staged"
+    tokens = max(source.tokens for source in sources)
+    heights = pieces[:, 2] - pieces[:, 1]
+    if "ghost" in ways:
+        conv = _is_plain_convolution(samples, sources)
+        kernel = prod(sources[0].geometry.kernel) if conv and sources[0].geometry else 1
         positions = sources[0].positions if conv else tokens
-        kernel = prod(geometry.kernel) if geometry is not None else 1
         pairs = (samples * tokens) ** 2
         wide = heights > 4 * tokens
         numbers = pairs * (int(wide.sum()) + (kernel if conv else 0))
         numbers += samples**2 * tokens * int(heights[~wide].sum())
         rows = int(heights.sum())
-        ghost = ghost_multiply_adds(samples, tokens, rows, columns // kernel, positions)
-        ghost += ELEMENTWISE * PAIR_SHARE * numbers
-        fits = (samples * max(positions, tokens)) ** 2 * itemsize <= workspace
-        if fits and ghost < staged_multiply_adds(samples, tokens, elements):
+        ghost = ghost_multiply_adds(samples, tokens, rows, shape[1] // kernel, positions)
+        ghost += ELEMENTWISE * panel_share(samples, tokens) * numbers
+        elements = int((heights * (pieces[:, 4] - pieces[:, 3])).sum())
+        if ghost < staged_multiply_adds(samples, tokens, elements):
             return "ghost"
-    alone = linear and len(sources) == 1
-    return "chip" if on_gpu and alone and tokens <= CHIP_TOKENS else "staged"
+    # A GPU's tiles have 64 samples: above, each would form its elements anew.
+    return "chip" if "chip" in ways and tokens <= CHIP_TOKENS and samples <= 64 else "staged"
+
+
+def _is_plain_convolution(samples: int, sources: Sequence[Source]) -> bool:
+    if len(sources) != 1 or sources[0].geometry is None:
+        return False
+    return sources[0].geometry.groups == 1 and sources[0].samples == samples

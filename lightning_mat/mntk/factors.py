@@ -26,7 +26,7 @@ class Geometry(NamedTuple):
         kernel: Size of the kernel.
         stride: Step of the kernel.
         dilation: Distance of the kernel's elements.
-        padding: Zeros before the first element; as many follow the last as are needed.
+        padding: Zeros before the first element; after the last there are as many, or one more.
         groups: Groups of channels.
     """
 

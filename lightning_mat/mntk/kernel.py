@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from lightning_mat.mntk.accumulate import (
     Accumulator,
     Slots,
     Solved,
-    default_workspace,
+    check_workspace,
     fused_layer,
 )
 from lightning_mat.mntk.factors import (
@@ -43,6 +45,9 @@ from lightning_mat.mntk.quiet import PRECISIONS
 from lightning_mat.mntk.words import WAYS, Words, piece_table, plan_words
 from lightning_mat.units.unit import Rect
 
+# Grams that are few enough to be kept apart until the end, in bytes.
+_FEW_GRAMS = 64 << 20
+
 __all__ = ["Geometry", "Layer", "Plan", "Solved", "mntk_spectra", "mntk_spectra_reference"]
 
 
@@ -54,7 +59,7 @@ class Layer:
     kind       a                                  b
     ========== ================================== ===================================
     linear     inputs [S, T, columns]             output gradients [S, T, rows]
-    conv       inputs [S, C, \*size]              output gradients [S, rows, \*out]
+    conv       inputs [S, (T,) C, \*size]         output gradients [S, (T,) rows, \*out]
     bias       empty                              output gradients [S, T, rows]
     scale      normalised inputs [S, T, rows]     output gradients [S, T, rows]
     embedding  int64 rows of the table [S, T]     output gradients [S, T, columns]
@@ -92,6 +97,8 @@ class Layer:
                 f"a layer of kind {self.kind!r} has geometry {self.geometry}: a convolution needs "
                 "Geometry(kernel, stride, dilation, padding, groups), others need none"
             )
+        if self.geometry is not None:
+            _check_geometry(self.geometry, self.rows)
         for unit, (r0, r1, c0, c1) in self.owned:
             if not (0 <= r0 <= r1 <= self.rows and 0 <= c0 <= c1 <= self.columns and unit >= 0):
                 raise ValueError(
@@ -103,6 +110,21 @@ class Layer:
     def pieces(self) -> Words:
         """Rows ``(unit, r0, r1, c0, c1)``, sorted by unit."""
         return piece_table(self.owned)
+
+    def shapes(self, a: Tensor) -> tuple[tuple[int | None, ...] | None, tuple[int | None, ...]]:
+        """Return the shapes of a and b without the samples: None for any size, or for no a."""
+        if self.geometry is not None:
+            size = (None,) * len(self.geometry.kernel)
+            frames = (None,) if a.dim() == len(size) + 3 else ()
+            channels = self.columns // prod(self.geometry.kernel) * self.geometry.groups
+            return (*frames, channels, *size), (*frames, self.rows, *size)
+        return {
+            "linear": ((None, self.columns), (None, self.rows)),
+            "bias": (None, (None, self.rows)),
+            "scale": ((None, self.rows), (None, self.rows)),
+            "embedding": ((None,), (None, self.columns)),
+            "dense": (None, (self.rows, self.columns)),
+        }[self.kind]
 
     def factor(self, a: Tensor, b: Tensor) -> Factor:
         """Return the per-sample gradients that its tensors make."""
@@ -120,6 +142,21 @@ class Layer:
         if a.dim() == len(self.geometry.kernel) + 2:
             a, b = a.unsqueeze(1), b.unsqueeze(1)
         return Convolution(self.geometry, a, b)
+
+
+def _check_geometry(geometry: Geometry, rows: int) -> None:
+    kernel, stride, dilation, padding, groups = geometry
+    sizes = {len(kernel), len(stride), len(dilation), len(padding)}
+    if len(sizes) > 1 or len(kernel) not in (1, 2, 3):
+        raise ValueError(
+            f"kernel, stride, dilation and padding need one entry for each of one to three "
+            f"dimensions, got {geometry}"
+        )
+    if min(*kernel, *stride, *dilation, groups) < 1 or min(padding) < 0 or rows % groups:
+        raise ValueError(
+            f"kernel, stride, dilation and groups must be positive, padding at least 0, and the "
+            f"{rows} rows a multiple of the groups, got {geometry}"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,9 +232,13 @@ def mntk_spectra(
     samples, device = _check(a, b, plan, precision)
     if not ops.use_extension(device, backend):
         return mntk_spectra_reference(a, b, plan, keep_gram=keep_gram)
-    workspace = default_workspace(device) if workspace is None else workspace
+    workspace = check_workspace(workspace, device)
     itemsize = 8 if all(t.dtype == torch.float64 for t in b) else 4
-    slots = Slots(plan.remaining(), keep_gram)
+    # A place that is used again splits a launch: on a GPU only where Grams would take much memory.
+    all_grams = plan.units * samples**2 * itemsize
+    slots = Slots(
+        plan.remaining(), keep_gram or (device.type == "cuda" and all_grams <= _FEW_GRAMS)
+    )
     layers: list[Words] = []
     left: list[Tensor] = []
     right: list[Tensor] = []
@@ -221,7 +262,7 @@ def mntk_spectra(
         layers.append(words)
         left += more_a
         right += more_b
-    with matmul_precision(precision):
+    with allowed_tf32(precision, device):
         eigenvalues, grams = torch.ops.lightning_mat.mntk_spectra(
             left,
             right,
@@ -257,20 +298,25 @@ def mntk_spectra_reference(
         backend="eager",
     )
     for layer, a_i, b_i in zip(plan.layers, a, b, strict=True):
-        wide = a_i.detach() if layer.kind == "embedding" else a_i.detach().double()
-        accumulator.add(layer.factor(wide, b_i.detach().double()), layer.pieces)
+        index = a_i.detach().to(accumulator.grams.device)
+        wide = index if layer.kind == "embedding" else ops.widen(a_i)
+        accumulator.add(layer.factor(wide, ops.widen(b_i)), layer.pieces)
     return accumulator.finish()
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Let float32 matrix products be as exact as asked for within the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+def allowed_tf32(precision: str, device: torch.device) -> Iterator[None]:
+    """Let a GPU's library use TF32 within the block, if it is asked for."""
+    if precision != "tf32" or device.type != "cuda":
+        yield
+        return
+    setting: Any = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before
 
 
 def _check(
@@ -286,12 +332,31 @@ def _check(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     samples, device = b[0].shape[0], b[0].device
-    for k, (layer, b_k) in enumerate(zip(plan.layers, b, strict=True)):
-        if b_k.dim() < 3 or b_k.shape[0] != samples:
+    if samples < 1:
+        raise ValueError("there are no samples: an mNTK needs at least one, a probe two")
+    for k, (layer, a_k, b_k) in enumerate(zip(plan.layers, a, b, strict=True)):
+        wanted_a, wanted_b = layer.shapes(a_k)
+        if not (
+            _fits(b_k, wanted_b, samples) and (wanted_a is None or _fits(a_k, wanted_a, samples))
+        ):
             raise ValueError(
-                f"b[{k}] of a {layer.kind} layer must have the {samples} samples of b[0] first and "
-                f"at least three dimensions, got shape {tuple(b_k.shape)}"
+                f"layer {k} is {layer.kind} with {layer.rows} rows and {layer.columns} columns and "
+                f"takes a {_text(wanted_a, samples)} and b {_text(wanted_b, samples)}, got "
+                f"{tuple(a_k.shape)} and {tuple(b_k.shape)}"
             )
-        if b_k.device != device or (layer.kind not in ("bias", "dense") and a[k].device != device):
+        if b_k.device != device or (wanted_a is not None and a_k.device != device):
             raise ValueError(f"the tensors of layer {k} are not on {device}, where b[0] is")
     return samples, device
+
+
+def _fits(tensor: Tensor, wanted: tuple[int | None, ...], samples: int) -> bool:
+    """Return whether a shape is [samples, *wanted], None standing for any size."""
+    if tensor.dim() != len(wanted) + 1 or tensor.shape[0] != samples:
+        return False
+    return all(w in (None, size) for w, size in zip(wanted, tensor.shape[1:], strict=True))
+
+
+def _text(wanted: tuple[int | None, ...] | None, samples: int) -> str:
+    if wanted is None:
+        return "(unused)"
+    return "[" + ", ".join(["·" if w is None else str(w) for w in (samples, *wanted)]) + "]"

@@ -110,7 +110,7 @@ def gram_extremes(grams: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tens
 
     Example:
         >>> largest, smallest = gram_extremes(torch.eye(3).expand(2, 3, 3) * 4)
-        >>> largest.tolist(), smallest.tolist()
+        >>> largest.round(decimals=9).tolist(), smallest.round(decimals=9).tolist()
         ([4.0, 4.0], [4.0, 4.0])
     """
     if use_extension(grams.device, backend):
@@ -133,8 +133,8 @@ def gram_accumulate_reference(grams: Tensor, grad: Tensor, pieces: Tensor) -> No
             f"got shape {tuple(pieces.shape)} of type {pieces.dtype}"
         )
     rows, columns = grad.shape[1:]
-    wide = _widen(grad)
-    sums = _widen(grams)
+    wide = widen(grad)
+    sums = widen(grams)
     for k, (unit, r0, r1, c0, c1) in enumerate(pieces.tolist()):
         fits = 0 <= r0 <= r1 <= rows and 0 <= c0 <= c1 <= columns
         if not (fits and 0 <= unit < grams.shape[0]):
@@ -150,7 +150,7 @@ def gram_accumulate_reference(grams: Tensor, grad: Tensor, pieces: Tensor) -> No
 def gram_eigenvalues_reference(grams: Tensor) -> Tensor:
     """Return what :func:`gram_eigenvalues` does, by LAPACK's dense solver in float64."""
     _check_grams(grams)
-    wide = _widen(grams)
+    wide = widen(grams)
     finite = wide.isfinite().all(-1).all(-1)
     wide = torch.where(finite[:, None, None], wide, 0.0)
     # Halves first, so that the sum of two huge entries stays finite.
@@ -230,8 +230,8 @@ def _check_grams(grams: Tensor) -> None:
         )
 
 
-def _widen(values: Tensor) -> Tensor:
-    """Return a float64 copy, on the CPU where the device has no float64."""
+def widen(values: Tensor) -> Tensor:
+    """Return a float64 copy, on the CPU where the device has no float64 (MPS)."""
     device = "cpu" if values.device.type == "mps" else values.device
     return values.detach().to(device=device, dtype=torch.float64, copy=True)
 
@@ -305,7 +305,7 @@ def _pass_flops(samples: int, a: Sequence[Tensor], b: Sequence[Tensor], plan: Te
             for kind, index, _, _, n, _, _, _, *kernel in layer.sources[:, :11].tolist()
         ]
         summed = [entry for entry in summed if entry[1].kind in ("linear", "conv")]
-        if layer.way == "ghost":
+        if layer.way == "ghost" and summed:
             _, source, kernel = max(summed, key=lambda entry: entry[1].tokens)
             positions = source.positions if source.kind == "conv" else None
             inputs = layer.columns // kernel

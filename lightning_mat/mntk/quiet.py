@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -99,20 +100,37 @@ def _numerics(model: nn.Module, precision: str) -> Iterator[None]:
     """Pin the precision of matrix products, and the plain path of attention layers."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    matmul = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # cuDNN refuses the backward pass of a recurrent layer in eval mode
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     cudnn = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = cudnn and not recurrent
     try:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        with (
+            _float32_products(precision == "tf32"),
+            torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolutions
         torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def _float32_products(tf32: bool) -> Iterator[None]:
+    """Compute float32 products exactly, or with TF32 on a GPU.
+
+    torch has an older set of settings, which show the same values but cannot be read once they do
+    not fit these.
+    """
+    backends = cast(Any, torch.backends)
+    on_gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    settings = [*on_gpu, backends.mkldnn.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if tf32 and setting in on_gpu else "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -564,3 +566,27 @@ def test_a_sample_that_does_not_fit_is_an_error_with_a_remedy() -> None:
         mntk(case.model, case.batch, parameter_units(case.model), forward=hopeless)
     assert calls[-1] == 1
     assert all(p.requires_grad for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_either_set_of_float32_settings_is_left_as_it_was(precision):
+    """In a process of its own: torch cannot go back from the newer settings to the older."""
+    code = f"""
+import torch
+from torch import nn
+from lightning_mat import mntk, partition
+
+model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+part, x = partition(model, "layers"), torch.randn(3, 3)
+torch.set_float32_matmul_precision("high")
+first = mntk(model, x, part, precision="{precision}").lambda_max
+assert torch.get_float32_matmul_precision() == "high"
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+second = mntk(model, x, part, precision="{precision}").lambda_max
+assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+assert torch.allclose(first, second, rtol=1e-5)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

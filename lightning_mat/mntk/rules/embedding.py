@@ -32,7 +32,7 @@ class EmbeddingRule:
                 "so that it has no per-sample gradient: set it to False, or leave the embedding "
                 "out of the units"
             )
-        index = x
+        index = x.long()
         if embedding.padding_idx is not None:
             index = index.masked_fill(index == embedding.padding_idx, -1)
         return {"weight": Rows(index, grad, embedding.num_embeddings)}
