@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MAX_WORKSPACE = 16 << 20
+MAX_WORKSPACE = 24 << 20
 MIN_WORKSPACE = 256 << 10
 
 
