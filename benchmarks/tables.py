@@ -1,6 +1,7 @@
-"""Markdown tables of the committed results: `python -m benchmarks.tables` prints README's.
+"""Markdown tables of the committed results: `python -m benchmarks.tables` prints all of them.
 
-A test checks that README shows exactly what this prints, so that no number there lacks a file.
+A test checks that README and docs/kernel.md show exactly these, so that no number there lacks a
+file.
 """
 
 from __future__ import annotations
@@ -95,6 +96,78 @@ def job() -> str:
     return markdown(head, rows)
 
 
+KERNEL_WORKLOADS = {
+    "bert-heads-128": "BERT-base heads",
+    "bert-heads-512": "BERT-base heads",
+    "bert-heads-ffn-128": "BERT-base heads and FFN blocks",
+    "vgg-filters": "VGG16 filters, 32 × 32",
+    "switch-experts": "Switch-Transformer experts",
+    "llama-layer": "one Llama-7B-shaped layer",
+    "mlp": "MLP, one token",
+}
+
+
+def kernel() -> str:
+    """Return what the fused operation costs beside two usual ways and its floor."""
+    rows = []
+    for name, row in load("kernel-cpu")["workloads"].items():
+        low, high = row["tokens"]
+        seconds = row["seconds"]["op"]["median_seconds"]
+        memory = {key: f"{count / 1e6:.0f} MB" for key, count in row["peak_bytes"].items()}
+        times = {key: f"{ratio:.2f}×" for key, ratio in row["times_op"].items()}
+        rows.append(
+            [
+                KERNEL_WORKLOADS[name],
+                f"{row['units']:,}",
+                str(row["samples"]),
+                f"{low}" if low == high else f"{low}–{high}",
+                f"{seconds:.3f} s",
+                times["layerwise"],
+                times["vmap"],
+                f"{row['op_over_floor']:.2f}×",
+                memory["op"],
+                memory["layerwise"],
+            ]
+        )
+    head = [
+        *("workload", "L", "S", "T", "op", "layer by layer ÷ op", "`vmap(grad)` ÷ op"),
+        *("op ÷ floor", "op peak", "layer by layer peak"),
+    ]
+    return markdown(head, rows)
+
+
+def eigen() -> str:
+    """Return what the eigen-solve costs beside LAPACK's."""
+    rows = []
+    for row in load("kernel-cpu")["eigen"].values():
+        rows.append(
+            [
+                f"{row['units']:,} of {row['samples']} × {row['samples']}",
+                f"{row['seconds']['op']['median_seconds'] * 1e3:.1f} ms",
+                f"{row['times_op']['eigvalsh']:.2f}×",
+                f"{row['times_op']['eigvalsh in float64']:.2f}×",
+            ]
+        )
+    head = ("Grams", "op", "`eigvalsh` in float32 ÷ op", "`eigvalsh` in float64 ÷ op")
+    return markdown(head, rows)
+
+
+def whole_probe() -> str:
+    """Return how a whole probe of BERT-base compares with one training pass, in a sentence."""
+    row = load("kernel-cpu")["probe"]
+    return (
+        f"A whole probe of BERT-{row['preset']} ({row['samples']} samples of {row['length']} "
+        f"words, {row['units']} units, logits at 15% of the positions) takes "
+        f"{row['probe_over_step']:.2f} of one forward and backward pass over the same samples."
+    )
+
+
+def kernel_page() -> str:
+    """Return what docs/kernel.md shows."""
+    source = f"*{where(load('kernel-cpu'))}; `benchmarks/results/kernel-cpu.json`*"
+    return "\n\n".join([kernel(), eigen(), whole_probe(), source])
+
+
 def main() -> str:
     """Return all tables, each with its machine."""
     parts = []
@@ -109,3 +182,5 @@ def main() -> str:
 
 if __name__ == "__main__":
     print(main())
+    print()
+    print(kernel_page())

@@ -63,6 +63,16 @@ struct SpectrumParams {
   int64_t workers;       // how many Grams are worked on at a time
 };
 
+// An embedding: adds tokens' vectors to the rows of a table that they name.
+struct RowsParams {
+  void* table;           // [samples, rows, columns]
+  const void* values;    // [samples, tokens, columns]
+  const int64_t* index;  // [samples, tokens]: rows of the whole table
+  int64_t samples, rows, columns, tokens;
+  int64_t first;  // the table's first row, of the whole one
+  Scalar type;    // of table and values: float32 or float64
+};
+
 void cpu_spectrum(const SpectrumParams& p);
 
 #ifdef LIGHTNING_MAT_WITH_CUDA

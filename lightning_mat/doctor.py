@@ -14,9 +14,16 @@ from torch import Tensor
 
 from lightning_mat import _extension
 from lightning_mat.mntk import ops
+from lightning_mat.mntk.kernel import Layer, Plan, mntk_spectra, mntk_spectra_reference
+from lightning_mat.units.unit import Rect
 
 # The largest error that rounding explains, relative to the largest value of the result.
-TOLERANCE = {"gram_accumulate": 1e-5, "gram_eigenvalues": 1e-12, "gram_extremes": 1e-11}
+TOLERANCE = {
+    "gram_accumulate": 1e-5,
+    "gram_eigenvalues": 1e-12,
+    "gram_extremes": 1e-11,
+    "mntk_spectra": 1e-5,
+}
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,29 @@ def self_check(device: str, backend: str) -> list[Check]:
     def extremes() -> Tensor:
         return torch.stack(ops.gram_extremes(grams.to(device), backend=backend))
 
+    a, b, plan = _captured(generator)
+
+    def spectra() -> Tensor:
+        inputs, gradients = ([t.to(device) for t in tensors] for tensors in (a, b))
+        return mntk_spectra(inputs, gradients, plan, backend=backend).eigenvalues
+
     cases: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
         "gram_accumulate": (accumulate, grams),
         "gram_eigenvalues": (eigenvalues, ops.gram_eigenvalues_reference(grams)),
         "gram_extremes": (extremes, torch.stack(ops.gram_extremes_reference(grams))),
+        "mntk_spectra": (spectra, mntk_spectra_reference(a, b, plan).eigenvalues),
     }
     return [_compare(name, device, backend, *case) for name, case in cases.items()]
+
+
+def _captured(generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], Plan]:
+    """Return captured tensors of two units that share a layer, one per way to a Gram."""
+    rows = [(0, Rect(0, 5, 0, 13)), (1, Rect(5, 11, 0, 13))]
+    layers = [Layer("linear", 11, 13, rows, way=way) for way in ("staged", "chip", "ghost")]
+    layers.append(Layer("bias", 11, 1, [(0, Rect(0, 5, 0, 1)), (1, Rect(5, 11, 0, 1))]))
+    a = [torch.randn(9, 3, 13, generator=generator) for _ in layers[:3]]
+    b = [torch.randn(9, 3, 11, generator=generator) for _ in layers]
+    return [*a, torch.empty(0)], b, Plan(2, layers)
 
 
 def _compare(

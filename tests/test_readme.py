@@ -17,6 +17,12 @@ def test_tables_are_those_of_the_result_files() -> None:
         assert block in README
 
 
+def test_the_kernels_numbers_are_those_of_the_result_file() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "kernel.md").read_text(encoding="utf-8")
+    for block in tables.kernel_page().split("\n\n"):
+        assert block in page
+
+
 def test_options_are_the_callbacks() -> None:
     options = inspect.signature(MATCallback).parameters
     listed = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\S+)", README, re.MULTILINE)

@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/ghost_kernel.h"
 #include "cuda/gram_kernel.h"
 #include "cuda/gram_launch.h"
+#include "cuda/rows_kernel.h"
 #include "cuda/spectrum_kernel.h"
 #include "mntk.h"
 #include "work.h"
@@ -109,6 +111,18 @@ std::unique_ptr<unsigned char[]> memory(int64_t bytes, int fill) {
   std::unique_ptr<unsigned char[]> result(new unsigned char[static_cast<size_t>(bytes)]);
   std::memset(result.get(), fill, static_cast<size_t>(bytes));
   return result;
+}
+
+}  // namespace
+
+namespace {
+
+template <class Kernel, class Params>
+void launch_small(Kernel kernel, int64_t blocks, int threads, int64_t seed, const Params& p) {
+  emulator::Options options{};
+  options.seed = static_cast<decltype(options.seed)>(seed);
+  emulator::launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0,
+                   options, p);
 }
 
 }  // namespace
@@ -273,6 +287,28 @@ const char* run_places(int64_t samples, int64_t tile, int64_t* rows, int64_t* co
       rows[i] = where.row + place.row;
       columns[i] = where.column + place.column;
     }
+  });
+}
+
+// The ghost way's kernels and the one for embeddings: parameters as csrc/ has them.
+const char* run_ghost(const GhostParams* p, int64_t seed) {
+  return report([&] {
+    const auto kernel = p->type == Scalar::kFloat64 ? ghost_kernel<double> : ghost_kernel<float>;
+    launch_small(kernel, ghost_blocks(*p), kGhostThreads, seed, *p);
+  });
+}
+
+const char* run_patches(const PatchParams* p, int64_t seed) {
+  return report([&] {
+    const auto kernel = p->type == Scalar::kFloat64 ? patch_kernel<double> : patch_kernel<float>;
+    launch_small(kernel, patch_blocks(*p), kGhostThreads, seed, *p);
+  });
+}
+
+const char* run_rows(const RowsParams* p, int64_t seed) {
+  return report([&] {
+    const auto kernel = p->type == Scalar::kFloat64 ? rows_kernel<double> : rows_kernel<float>;
+    launch_small(kernel, rows_blocks(*p), kRowsThreads, seed, *p);
   });
 }
 

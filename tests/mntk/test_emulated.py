@@ -747,3 +747,136 @@ def test_walks_visit_every_element_of_a_piece_once(call, piece, strides, cuts):
         visited += found[0].tolist()
     expected = [r * strides[0] + c * strides[1] for r in range(r0, r1) for c in range(c0, c1)]
     assert sorted(visited) == sorted(expected)
+
+
+# ---- The small kernels ---------------------------------------------------------------------------
+
+
+def structure(**fields: int | np.ndarray | type) -> ctypes.Structure:
+    """A structure of csrc/ with these fields, in order: pointers, numbers, or the type's tag."""
+    kinds = {name: ctypes.c_int64 for name in fields}
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            kinds[name] = ctypes.c_void_p
+        elif isinstance(value, np.dtype):
+            kinds[name] = ctypes.c_int
+
+    class Params(ctypes.Structure):
+        _fields_ = list(kinds.items())
+
+    def word(value):
+        if isinstance(value, np.ndarray):
+            return value.ctypes.data
+        return (0 if value == np.float64 else 1) if isinstance(value, np.dtype) else value
+
+    return Params(*(word(value) for value in fields.values()))
+
+
+both_types = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+@both_types
+@pytest.mark.parametrize("samples", [2, 5, 130])
+def test_the_last_sum_of_products_of_tokens(samples, dtype, call):
+    rng = np.random.default_rng(samples)
+    tokens, first, last = 3, samples // 3, samples
+    slots, begins = np.array([2, 0]), np.array([0, 1, 4])
+    products = rng.standard_normal((last - first, 4, last, tokens)).astype(dtype)
+    b = rng.standard_normal((4, samples, tokens)).astype(dtype)
+    grams = np.ones((3, samples, samples), dtype)
+    expected = grams.astype(np.float64)
+    for run, slot in enumerate(slots):
+        r = slice(begins[run], begins[run + 1])
+        added = np.einsum("sruk,ruk->su", products[:, r].astype(np.float64), b[r, :last])
+        for s, u in np.ndindex(*added.shape):
+            if u <= first + s:
+                expected[slot, first + s, u] += added[s, u]
+                expected[slot, u, first + s] += added[s, u] * (u != first + s)
+    params = structure(
+        products=products,
+        b=b,
+        first=first,
+        last=last,
+        rows=4,
+        tokens=tokens,
+        samples=samples,
+        slots=slots,
+        begins=begins,
+        runs=2,
+        grams=grams,
+        type=np.dtype(dtype),
+    )
+    call("run_ghost", params, 1)
+    np.testing.assert_allclose(grams, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert (grams[1] == 1).all()
+
+
+@both_types
+def test_the_products_of_patches(dtype, call):
+    samples, channels, size = 4, 2, 3  # 3 × 3 inputs, kernel 2 × 2, stride 1, padding 1 before
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((samples, channels, size, size))
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 0), (1, 0)))
+    places = [(h, w, i, j) for h in range(3) for w in range(3) for i in range(2) for j in range(2)]
+    inside = [h + i > 0 and w + j > 0 for h, w, i, j in places]
+    at = np.array(
+        [
+            (h + i - 1) * size + w + j - 1 if ok else -1
+            for (h, w, i, j), ok in zip(places, inside, strict=True)
+        ]
+    )
+    flat = x.reshape(samples, channels, -1)
+    elements = np.ascontiguousarray(np.einsum("scp,zcq->spzq", flat, flat), dtype)
+    patches = np.full((samples, 9, samples, 9), np.nan, dtype)
+    params = structure(
+        elements=elements,
+        patches=patches,
+        at=at,
+        tokens=9,
+        kernel=4,
+        positions=9,
+        samples=samples,
+        first=1,
+        last=3,
+        type=np.dtype(dtype),
+    )
+    call("run_patches", params, 1)
+    windows = np.stack(
+        [
+            padded[:, :, h : h + 2, w : w + 2].reshape(samples, -1)
+            for h in range(3)
+            for w in range(3)
+        ],
+        axis=1,
+    )
+    expected = np.einsum("std,zud->stzu", windows, windows)
+    np.testing.assert_allclose(patches[1:3, :, :3], expected[1:3, :, :3], rtol=0, atol=1e-5)
+    assert np.isnan(patches[0]).all()
+    assert np.isnan(patches[3]).all()
+
+
+@both_types
+@pytest.mark.parametrize("columns", [1, 128, 200])
+def test_the_rows_of_an_embedding(columns, dtype, call):
+    rng = np.random.default_rng(columns)
+    samples, tokens, rows, first = 3, 9, 4, 2
+    index = rng.integers(-1, 8, (samples, tokens))
+    values = rng.standard_normal((samples, tokens, columns)).astype(dtype)
+    table = np.ones((samples, rows, columns), dtype)
+    expected = table.astype(np.float64)
+    for s, t in np.ndindex(samples, tokens):
+        if first <= index[s, t] < first + rows:
+            expected[s, index[s, t] - first] += values[s, t]
+    params = structure(
+        table=table,
+        values=values,
+        index=index,
+        samples=samples,
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+        first=first,
+        type=np.dtype(dtype),
+    )
+    call("run_rows", params, 1)
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-5)

@@ -665,18 +665,19 @@ def test_the_process_settings_do_not_change_the_result():
 
 @needs_extension
 def test_the_copies_for_a_convolution_stay_small():
-    """The patches of one sample would take 124 MB."""
+    """The patches of one sample alone would take 118 MB."""
     from benchmarks.common import peak_memory
 
-    owned = [(0, Rect(0, 32, 0, 288))]
-    layer = Layer("conv", 32, 288, owned, Geometry((3, 3), (1, 1), (1, 1), (1, 1)))
-    a, b = torch.randn(2, 32, 160, 160), torch.randn(2, 32, 160, 160)
+    layer = Layer(
+        "conv", 16, 1152, [(0, Rect(0, 16, 0, 1152))], Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    )
+    a, b = torch.randn(1, 128, 160, 160), torch.randn(1, 16, 160, 160)
     plan = Plan(1, [layer])
     mntk_spectra([a], [b], plan, backend="extension")
     peak = peak_memory(lambda: mntk_spectra([a], [b], plan, backend="extension"))
     if peak is None:
         pytest.skip("the system does not tell the peak")
-    assert peak < 24 << 20
+    assert peak < 60 << 20
 
 
 @needs_extension
