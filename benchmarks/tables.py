@@ -127,11 +127,12 @@ def kernel() -> str:
                 f"{row['op_over_floor']:.2f}×",
                 memory["op"],
                 memory["layerwise"],
+                f"{row['difference_of_lambda_max']['op']:.0e}",
             ]
         )
     head = [
         *("workload", "L", "S", "T", "op", "layer by layer ÷ op", "`vmap(grad)` ÷ op"),
-        *("op ÷ floor", "op peak", "layer by layer peak"),
+        *("op ÷ floor", "op peak", "layer by layer peak", "λ_max differs by"),
     ]
     return markdown(head, rows)
 

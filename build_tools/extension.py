@@ -26,6 +26,8 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0")
 CPU_SOURCES = (
     "csrc/ops.cpp",
     "csrc/pass.cpp",
+    "csrc/source.cpp",
+    "csrc/chunk.cpp",
     "csrc/form.cpp",
     "csrc/ghost.cpp",
     "csrc/cpu/backend.cpp",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_mat import _extension
 from lightning_mat.mntk import ops
+from lightning_mat.mntk.accumulate import default_workspace
 from lightning_mat.mntk.kernel import Layer, Plan, mntk_spectra, mntk_spectra_reference
 from lightning_mat.units.unit import Rect
 
@@ -122,13 +123,18 @@ def diagnose() -> tuple[str, bool]:
         "Versions": _versions(),
         "Devices": _devices(),
         "Compiled extension": _compiled(),
-        "In use": (_line(d, ": ".join(ops.backend_in_use(d))) for d in devices()),
+        "In use": (_line(d, _in_use(d)) for d in devices()),
         "Self-check: largest relative error against the float64 reference": map(_result, checks),
     }
     lines = [line for title, body in sections.items() for line in (title, *body, "")]
     healthy = all(check.passed for check in checks)
     lines.append("All self-checks passed." if healthy else "A SELF-CHECK FAILED: see above.")
     return "\n".join(lines), healthy
+
+
+def _in_use(device: str) -> str:
+    name, why = ops.backend_in_use(device)
+    return f"{name}: {why}; {default_workspace(device) >> 20} MiB of gradients at a time"
 
 
 def _line(name: str, text: object) -> str:

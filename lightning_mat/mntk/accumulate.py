@@ -37,8 +37,8 @@ def check_workspace(workspace: int | None, device: torch.device | str) -> int:
     """
     if workspace is None:
         return default_workspace(device)
-    if workspace <= 0:
-        raise ValueError(f"workspace must be a positive number of bytes, got {workspace}")
+    if not isinstance(workspace, int) or isinstance(workspace, bool) or workspace <= 0:
+        raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
     return workspace
 
 
@@ -369,6 +369,11 @@ def _rows_that_occur(
     else:
         present = flat.unique()
         present = present[present >= 0]
+        if len(present) and int(present[-1]) >= shape[0]:
+            raise ValueError(
+                f"an embedding of {shape[0]} rows was given row {int(present[-1])}: rows count "
+                "from 0, and -1 stands for none"
+            )
         bounds = torch.from_numpy(np.ascontiguousarray(pieces[:, 1:3])).to(present.device)
         moved[:, 1:3] = torch.searchsorted(present, bounds).cpu().numpy()
         places = torch.searchsorted(present, flat).masked_fill(flat < 0, -1)

@@ -66,6 +66,10 @@ class Layer:
     dense      empty                              the gradients [S, rows, columns]
     ========== ================================== ===================================
 
+    Everything is samples first and channels last, but for convolutions, whose positions come last:
+    their bias takes ``b.flatten(2).mT``. A token of an embedding that trains no row (padding) has
+    row -1.
+
     Args:
         kind: One of these.
         rows: Rows of the parameter seen as a matrix.
@@ -99,12 +103,19 @@ class Layer:
             )
         if self.geometry is not None:
             _check_geometry(self.geometry, self.rows)
+        if any(len(entry) != 2 or len(entry[1]) != 4 for entry in self.owned):
+            raise ValueError("owned must be a sequence of (unit, Rect(r0, r1, c0, c1)) pairs")
         for unit, (r0, r1, c0, c1) in self.owned:
             if not (0 <= r0 <= r1 <= self.rows and 0 <= c0 <= c1 <= self.columns and unit >= 0):
                 raise ValueError(
                     f"unit {unit} owns rows [{r0}, {r1}) and columns [{c0}, {c1}) of a parameter "
                     f"of {self.rows} rows and {self.columns} columns"
                 )
+        shared = _overlap(self.pieces)
+        if shared is not None:
+            raise ValueError(
+                f"the rectangles of a layer must be disjoint: element {shared} is owned twice"
+            )
 
     @cached_property
     def pieces(self) -> Words:
@@ -144,8 +155,24 @@ class Layer:
         return Convolution(self.geometry, a, b)
 
 
+def _overlap(pieces: Words) -> tuple[int, int] | None:
+    """Return an element that two rectangles share, or None."""
+    pieces = pieces[(pieces[:, 1] < pieces[:, 2]) & (pieces[:, 3] < pieces[:, 4])]
+    rows, r = np.unique(pieces[:, 1:3], return_inverse=True)
+    columns, c = np.unique(pieces[:, 3:5], return_inverse=True)
+    r, c = r.reshape(-1, 2), c.reshape(-1, 2)
+    # how often each cell between neighbouring bounds is owned: sums of +1 and -1 at the corners
+    count = np.zeros((len(rows) + 1, len(columns) + 1), dtype=np.int32)
+    for i, j, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
+        np.add.at(count, (r[:, i], c[:, j]), sign)
+    twice = np.argwhere(count.cumsum(0).cumsum(1) > 1)
+    return (int(rows[twice[0, 0]]), int(columns[twice[0, 1]])) if len(twice) else None
+
+
 def _check_geometry(geometry: Geometry, rows: int) -> None:
     kernel, stride, dilation, padding, groups = geometry
+    if not all(isinstance(sizes, tuple | list) for sizes in geometry[:4]):
+        raise ValueError(f"kernel, stride, dilation and padding must be tuples, got {geometry}")
     sizes = {len(kernel), len(stride), len(dilation), len(padding)}
     if len(sizes) > 1 or len(kernel) not in (1, 2, 3):
         raise ValueError(
@@ -164,7 +191,7 @@ class Plan:
     """Who owns what of all layers.
 
     Args:
-        units: L.
+        units: L. One that owns nothing has zero eigenvalues.
         layers: One for every pair of tensors, in the order in which Grams are summed.
 
     Raises:
@@ -176,6 +203,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the units."""
+        if self.units < 0:
+            raise ValueError(f"units must not be negative, got {self.units}")
         for k, layer in enumerate(self.layers):
             if len(layer.pieces) and layer.pieces[-1, 0] >= self.units:
                 raise ValueError(
@@ -230,9 +259,9 @@ def mntk_spectra(
         [1.0, 13.0]
     """
     samples, device = _check(a, b, plan, precision)
-    if not ops.use_extension(device, backend):
-        return mntk_spectra_reference(a, b, plan, keep_gram=keep_gram)
     workspace = check_workspace(workspace, device)
+    if not ops.use_extension(device, backend):
+        return mntk_spectra_reference(a, b, plan, workspace=workspace, keep_gram=keep_gram)
     itemsize = 8 if all(t.dtype == torch.float64 for t in b) else 4
     # A place that is used again splits a launch: on a GPU only where Grams would take much memory.
     all_grams = plan.units * samples**2 * itemsize
@@ -323,6 +352,13 @@ def _check(
     a: Sequence[Tensor], b: Sequence[Tensor], plan: Plan, precision: str
 ) -> tuple[int, torch.device]:
     """Return the number of samples and the device."""
+    for name, tensors in (("a", a), ("b", b)):
+        listed = isinstance(tensors, list | tuple)
+        if not listed or not all(isinstance(t, Tensor) for t in tensors):
+            raise ValueError(
+                f"{name} must be a list of tensors, one for each layer of the plan, got "
+                f"{type(tensors).__name__}"
+            )
     if not len(a) == len(b) == len(plan.layers):
         raise ValueError(
             f"a plan of {len(plan.layers)} layers needs as many a and b, got {len(a)} and {len(b)}"
@@ -331,7 +367,7 @@ def _check(
         raise ValueError("the plan has no layers: there is nothing to measure")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    samples, device = b[0].shape[0], b[0].device
+    samples, device = (b[0].shape[0] if b[0].dim() else 0), b[0].device
     if samples < 1:
         raise ValueError("there are no samples: an mNTK needs at least one, a probe two")
     for k, (layer, a_k, b_k) in enumerate(zip(plan.layers, a, b, strict=True)):

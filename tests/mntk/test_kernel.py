@@ -97,7 +97,7 @@ TABLE: dict[str, tuple[Layer, tuple[int, ...], tuple[int, ...]]] = {
     "conv, padded before": (
         Layer("conv", 6, 24, filters(6, 24), Geometry((4, 2), (2, 1), (1, 1), (2, 0))),
         (3, 4, 5),
-        (6, 2, 5),
+        (6, 3, 5),
     ),
     "conv, stride and dilation": (
         Layer("conv", 6, 18, filters(6, 18), Geometry((2, 3), (2, 1), (1, 2), (0, 0))),
@@ -836,6 +836,13 @@ def test_the_current_stream_is_used():
             lambda: Layer("conv", 3, 9, [], Geometry((3, 3), (1, 0), (1, 1), (0, 0), 1)),
             "must be positive",
         ),
+        (
+            lambda: Layer("bias", 9, 1, [(0, Rect(0, 5, 0, 1)), (1, Rect(4, 9, 0, 1))]),
+            r"disjoint: element \(4, 0\)",
+        ),
+        (lambda: Layer("bias", 2, 1, [(0, (0, 1))]), "pairs"),
+        (lambda: Plan(-1, []), "must not be negative"),
+        (lambda: Layer("conv", 2, 9, [], Geometry(3, 1, 1, 0)), "must be tuples"),
         (lambda: Plan(1, [Layer("bias", 2, 1, [(4, Rect(0, 1, 0, 1))])]), "unit 4"),
     ],
 )
@@ -873,7 +880,7 @@ LINEAR = Layer("linear", 4, 3, [(0, Rect(0, 4, 0, 3))])
             Layer("conv", 4, 9, [], Geometry((3, 3), (1, 1), (1, 1), (0, 0))),
             torch.zeros(2, 1, 4, 4),
             torch.zeros(2, 4, 4, 4),
-            "needs an input of 6",
+            "does not give an output of 4",
         ),
         (
             Layer("conv", 4, 9, [], Geometry((3, 3), (1, 1), (1, 1), (0, 0))),
@@ -915,11 +922,28 @@ def test_bad_words_are_refused(change, message):
         ([], [], "float32", "needs as many a and b"),
         ([torch.zeros(2, 5, 3)], [torch.zeros(2, 4)], "float32", "takes a"),
         ([torch.zeros(2, 5, 3)], [torch.zeros(2, 5, 4)], "int8", "precision must be one of"),
+        (torch.zeros(2, 5, 3), torch.zeros(2, 5, 4), "float32", "a must be a list of tensors"),
+        ([None], [torch.zeros(2, 5, 4)], "float32", "a must be a list of tensors"),
     ],
 )
 def test_arguments_are_checked(a, b, precision, message):
     with pytest.raises(ValueError, match=message):
         mntk_spectra(a, b, Plan(1, [LINEAR]), precision=precision)
+
+
+@pytest.mark.parametrize("workspace", [0, -1, True, 1.5, "1GB"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_workspace_that_is_none(workspace, backend):
+    a, b = torch.zeros(2, 5, 3), torch.zeros(2, 5, 4)
+    with pytest.raises(ValueError, match="workspace must be a positive number of bytes"):
+        mntk_spectra([a], [b], Plan(1, [LINEAR]), workspace=workspace, backend=backend)
+
+
+@needs_extension
+def test_a_row_that_an_embedding_has_not():
+    layer, a, b = tensors("embedding", 2)
+    with pytest.raises(ValueError, match="20 rows was given row"):
+        mntk_spectra([a.clamp_min(0) + 20], [b], Plan(2, [layer]), backend="extension")
 
 
 @needs_extension
