@@ -37,6 +37,8 @@ CPU_SOURCES = (
 )
 CUDA_SOURCES = (
     "csrc/cuda/backend.cpp",
+    "csrc/cuda/pending.cpp",
+    "csrc/cuda/support.cpp",
     "csrc/cuda/gram.cu",
     "csrc/cuda/ghost.cu",
     "csrc/cuda/rows.cu",

@@ -174,10 +174,11 @@ std::vector<LayerPlan> check_pass(const Tensor& grams, const Tensor& eigenvalues
 }
 
 // Runs a whole pass: Grams and eigenvalues start as zeros, `accumulate` adds to them.
-template <class Accumulate>
-std::tuple<Tensor, Tensor> spectra_with(const std::vector<Tensor>& b, int64_t units,
-                                        int64_t samples, int64_t slots, bool keep_grams,
-                                        Accumulate accumulate) {
+template <auto accumulate>
+std::tuple<Tensor, Tensor> mntk_spectra(const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                                        const Tensor& plan, int64_t units, int64_t samples,
+                                        int64_t slots, std::string precision, int64_t workspace,
+                                        bool keep_grams) {
   TORCH_CHECK_VALUE(!b.empty(), "no layers were captured: pass at least one pair a, b");
   TORCH_CHECK_VALUE(units >= 0 && samples >= 0 && slots >= 0,
                     "units, samples and slots must not be "
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor> spectra_with(const std::vector<Tensor>& b, int64_t un
   const Tensor grams =
       at::zeros({slots, samples, samples}, options.dtype(wide ? at::kDouble : at::kFloat));
   const Tensor eigenvalues = at::zeros({units, samples}, options.dtype(at::kDouble));
-  accumulate(grams, eigenvalues);
+  accumulate(grams, eigenvalues, a, b, plan, precision, workspace);
   return {eigenvalues, keep_grams ? grams : at::empty({0, samples, samples}, grams.options())};
 }
 
@@ -211,17 +212,6 @@ void mntk_accumulate_cpu(const Tensor& grams, const Tensor& eigenvalues,
   const auto layers = check_pass(grams, eigenvalues, a, b, plan, precision, workspace);
   run_pass(*cpu_backend(grams, eigenvalues), layers, a, b, grams.size(1), workspace,
            /*tf32=*/false);
-}
-
-std::tuple<Tensor, Tensor> mntk_spectra_cpu(const std::vector<Tensor>& a,
-                                            const std::vector<Tensor>& b, const Tensor& plan,
-                                            int64_t units, int64_t samples, int64_t slots,
-                                            std::string precision, int64_t workspace,
-                                            bool keep_grams) {
-  return spectra_with(b, units, samples, slots, keep_grams,
-                      [&](const Tensor& grams, const Tensor& eigenvalues) {
-                        mntk_accumulate_cpu(grams, eigenvalues, a, b, plan, precision, workspace);
-                      });
 }
 
 Tensor gram_eigenvalues_cpu(const Tensor& grams) { return eigenvalues_with(grams, solve_on_cpu); }
@@ -248,17 +238,6 @@ void mntk_accumulate_cuda(const Tensor& grams, const Tensor& eigenvalues,
   const c10::cuda::CUDAGuard guard(grams.device());
   run_pass(*cuda_backend(grams, eigenvalues, precision, workspace), layers, a, b, grams.size(1),
            workspace, precision == "tf32");
-}
-
-std::tuple<Tensor, Tensor> mntk_spectra_cuda(const std::vector<Tensor>& a,
-                                             const std::vector<Tensor>& b, const Tensor& plan,
-                                             int64_t units, int64_t samples, int64_t slots,
-                                             std::string precision, int64_t workspace,
-                                             bool keep_grams) {
-  return spectra_with(b, units, samples, slots, keep_grams,
-                      [&](const Tensor& grams, const Tensor& eigenvalues) {
-                        mntk_accumulate_cuda(grams, eigenvalues, a, b, plan, precision, workspace);
-                      });
 }
 
 void solve_on_cuda(const Tensor& grams, const SpectrumParams& p) {
@@ -307,7 +286,7 @@ TORCH_LIBRARY(lightning_mat, m) {
 
 TORCH_LIBRARY_IMPL(lightning_mat, CPU, m) {
   m.impl("gram_accumulate_", gram_accumulate_cpu);
-  m.impl("mntk_spectra", mntk_spectra_cpu);
+  m.impl("mntk_spectra", mntk_spectra<mntk_accumulate_cpu>);
   m.impl("mntk_accumulate_", mntk_accumulate_cpu);
   m.impl("gram_eigenvalues", gram_eigenvalues_cpu);
   m.impl("gram_extremes", gram_extremes_cpu);
@@ -316,7 +295,7 @@ TORCH_LIBRARY_IMPL(lightning_mat, CPU, m) {
 #ifdef LIGHTNING_MAT_WITH_CUDA
 TORCH_LIBRARY_IMPL(lightning_mat, CUDA, m) {
   m.impl("gram_accumulate_", gram_accumulate_cuda);
-  m.impl("mntk_spectra", mntk_spectra_cuda);
+  m.impl("mntk_spectra", mntk_spectra<mntk_accumulate_cuda>);
   m.impl("mntk_accumulate_", mntk_accumulate_cuda);
   m.impl("gram_eigenvalues", gram_eigenvalues_cuda);
   m.impl("gram_extremes", gram_extremes_cuda);

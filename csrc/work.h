@@ -17,12 +17,7 @@
 #include <vector>
 
 #include "mntk.h"
-
-#ifdef __CUDACC__
-#define LIGHTNING_MAT_INLINE __host__ __device__ inline
-#else
-#define LIGHTNING_MAT_INLINE inline
-#endif
+#include "portable.h"
 
 namespace lightning_mat {
 

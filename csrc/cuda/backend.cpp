@@ -4,20 +4,16 @@
 #include "backend.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "../lanczos.h"
-#include "../work.h"
 #include "ghost.h"
-#include "gram_launch.h"
+#include "pending.h"
 #include "rows.h"
-#include "upload.h"
+#include "support.h"
 
 namespace lightning_mat {
 namespace {
@@ -26,223 +22,6 @@ using at::Tensor;
 
 // What the eigenvalue kernel may take for its work matrices at a time.
 constexpr int64_t kSolverBytes = 64 << 20;
-// Partial Grams of one launch, about.
-constexpr int64_t kPartialBytes = 32 << 20;
-
-Scalar scalar_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return Scalar::kFloat64;
-    case at::kBFloat16:
-      return Scalar::kBFloat16;
-    case at::kHalf:
-      return Scalar::kFloat16;
-    default:
-      return Scalar::kFloat32;
-  }
-}
-
-void check(cudaError_t error, const char* what, const Tensor& grams) {
-  TORCH_CHECK(error == cudaSuccess, what, " could not start on ", grams.device(), ": ",
-              cudaGetErrorString(error), " (a tensor of shape ", grams.sizes(), ")");
-}
-
-// Copies host values to the device on the current stream, without waiting for it.
-Tensor upload(const void* values, int64_t bytes, const at::Device& device) {
-  const auto options = at::TensorOptions().dtype(at::kByte);
-  const int64_t padded = (bytes + 15) / 16 * 16;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    // A graph would copy from the host's memory at every replay, when these values are gone:
-    // kernels keep their arguments.
-    const Tensor on_device = at::empty({padded}, options.device(device));
-    const cudaError_t error =
-        upload_by_arguments(values, bytes, on_device.mutable_data_ptr(), stream);
-    TORCH_CHECK(error == cudaSuccess, "cannot copy tables to ", device, ": ",
-                cudaGetErrorString(error));
-    return on_device;
-  }
-  // The pinned buffer stays reserved until the copy is done.
-  const Tensor pinned = at::empty({padded}, options.pinned_memory(true));
-  std::memcpy(pinned.mutable_data_ptr(), values, static_cast<size_t>(bytes));
-  return pinned.to(device, /*non_blocking=*/true);
-}
-
-// Where the solver keeps its basis: within half of a multiprocessor's memory, so that two blocks
-// fit, or else within what one block may have.
-Basis basis_for(Scalar gram_type, int64_t samples) {
-  int device = 0, of_block = 0, of_multiprocessor = 0;
-  for (const cudaError_t error :
-       {cudaGetDevice(&device),
-        cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                               device)}) {
-    TORCH_CHECK(error == cudaSuccess,
-                "the device does not tell its shared memory: ", cudaGetErrorString(error));
-  }
-  const Basis shared = chip_basis(gram_type, samples, std::min(of_block, of_multiprocessor / 2));
-  return shared != Basis::kNone ? shared : chip_basis(gram_type, samples, of_block);
-}
-
-int64_t items_of(const Piece& piece) {
-  return (piece_elements(piece) + kItemElements - 1) / kItemElements;
-}
-
-// Cuts pieces into lists of at most `most` items each, as far as rows and columns can be cut. The
-// cuts depend on the pieces alone, and so does the order of sums.
-std::vector<std::vector<Piece>> in_parts(const std::vector<Piece>& pieces, int64_t most) {
-  std::vector<std::vector<Piece>> parts(1);
-  int64_t items = 0;
-  const auto put = [&](const Piece& piece) {
-    if (items > 0 && items + items_of(piece) > most) {
-      parts.emplace_back();
-      items = 0;
-    }
-    parts.back().push_back(piece);
-    items += items_of(piece);
-  };
-  for (const Piece& piece : pieces) {
-    const int64_t rows = piece.r1 - piece.r0, columns = piece.c1 - piece.c0;
-    if (items_of(piece) <= most) {
-      put(piece);
-      continue;
-    }
-    const int64_t row_step = std::max<int64_t>(most * kItemElements / columns, 1);
-    const int64_t column_step = std::min(columns, most * kItemElements);
-    for (int64_t r = 0; r < rows; r += row_step) {
-      for (int64_t c = 0; c < columns; c += column_step) {
-        put({piece.unit, piece.r0 + r, std::min(piece.r0 + r + row_step, piece.r1), piece.c0 + c,
-             std::min(piece.c0 + c + column_step, piece.c1)});
-      }
-    }
-  }
-  return parts;
-}
-
-// What is going to be launched.
-class Pending {
- public:
-  Pending(Tensor grams, Tensor eigenvalues, at::ScalarType type, Precision precision)
-      : grams_(std::move(grams)),
-        eigenvalues_(std::move(eigenvalues)),
-        type_(type),
-        precision_(precision),
-        place_(grams_.size(0), -1) {}
-
-  bool empty() const { return targets_.empty(); }
-  bool has(int64_t slot) const { return place_[slot] >= 0; }
-  // Items that a launch may have: so many that their partial Grams stay within kPartialBytes.
-  int64_t most_items() const {
-    const int64_t scalar = sums_in_double(scalar_of(type_), gram_type()) ? 8 : 4;
-    const int64_t samples = grams_.size(1);
-    const int64_t each = tile_count(samples) * partial_elements(samples) * scalar;
-    return std::max<int64_t>(kPartialBytes / each, 1);
-  }
-  int64_t items() const { return items_; }
-
-  Target& target(int64_t slot) {
-    if (!has(slot)) {
-      place_[slot] = static_cast<int64_t>(targets_.size());
-      targets_.push_back({slot, 0, 0, 0, -1});
-      shares_.emplace_back();
-    }
-    return targets_[place_[slot]];
-  }
-
-  // Adds a block; `slots` gives the Gram of each target that the pieces name. `held` is kept until
-  // the launch.
-  void add(const Block& block, const std::vector<Piece>& pieces, const TargetRecord* targets,
-           const std::vector<Tensor>& held) {
-    const auto index = static_cast<int64_t>(blocks_.size());
-    blocks_.push_back(block);
-    held_.insert(held_.end(), held.begin(), held.end());
-    for (const Piece& piece : pieces) {
-      const int64_t slot = targets[piece.unit].slot;
-      target(slot);
-      std::vector<Share>& shares = shares_[place_[slot]];
-      const auto at = static_cast<int64_t>(pieces_.size());
-      if (shares.empty() || shares.back().block != index) shares.push_back({index, at, at});
-      shares.back().last = at + 1;
-      pieces_.push_back(piece);
-      pieces_.back().unit = place_[slot];
-      items_ += items_of(piece);
-    }
-  }
-
-  void launch();
-
- private:
-  Scalar gram_type() const { return scalar_of(grams_.scalar_type()); }
-
-  Tensor grams_, eigenvalues_;
-  at::ScalarType type_;
-  Precision precision_;
-  std::vector<int64_t> place_;  // of each slot among the targets, or -1
-  std::vector<Block> blocks_;
-  std::vector<Piece> pieces_;
-  std::vector<Target> targets_;
-  std::vector<std::vector<Share>> shares_;  // of each target
-  std::vector<Tensor> held_;
-  int64_t items_ = 0;
-};
-
-void Pending::launch() {
-  if (empty()) return;
-  const int64_t samples = grams_.size(1);
-  std::vector<Share> shares;
-  std::vector<int64_t> solved;  // (Gram, row) of completed targets
-  for (size_t k = 0; k < targets_.size(); ++k) {
-    Target& target = targets_[k];
-    target.first = static_cast<int64_t>(shares.size());
-    shares.insert(shares.end(), shares_[k].begin(), shares_[k].end());
-    target.last = static_cast<int64_t>(shares.size());
-    if (target.row >= 0) solved.insert(solved.end(), {target.slot, target.row});
-  }
-  const Basis basis = solved.empty() ? Basis::kNone : basis_for(gram_type(), samples);
-  if (basis == Basis::kNone) {
-    for (Target& target : targets_) target.row = -1;
-  }
-
-  const Work work = plan_work(samples, pieces_.data(), shares.data(), targets_.data(),
-                              static_cast<int64_t>(targets_.size()));
-  const auto block_count = static_cast<int64_t>(blocks_.size());
-  const auto piece_count = static_cast<int64_t>(pieces_.size());
-  const TableLayout layout = table_layout(work, block_count, piece_count);
-  std::vector<unsigned char> buffer(static_cast<size_t>(layout.bytes));
-  write_tables(work, layout, blocks_.data(), block_count, pieces_.data(), piece_count,
-               targets_.data(), buffer.data());
-  const Tensor tables = upload(buffer.data(), layout.bytes, grams_.device());
-
-  GramLaunch launch{};
-  point_at_tables(launch, work, layout, tables.mutable_data_ptr<uint8_t>());
-  launch.element_type = scalar_of(type_);
-  launch.gram_type = gram_type();
-  launch.precision = precision_;
-  const bool wide = sums_in_double(launch.element_type, launch.gram_type);
-  const Tensor partials = at::empty({partial_bytes(work, wide)}, tables.options());
-  launch.partials = partials.mutable_data_ptr();
-  launch.grams = grams_.mutable_data_ptr();
-  launch.eigenvalues = eigenvalues_.defined() ? eigenvalues_.mutable_data_ptr<double>() : nullptr;
-  launch.basis = basis;
-  check(cuda_gram(launch, c10::cuda::getCurrentCUDAStream()), "the Gram kernel", grams_);
-
-  if (basis == Basis::kNone && !solved.empty()) {
-    const auto bytes = static_cast<int64_t>(solved.size() * sizeof(int64_t));
-    const Tensor which = upload(solved.data(), bytes, grams_.device());
-    SpectrumParams p{};
-    p.count = static_cast<int64_t>(solved.size()) / 2;
-    p.which = reinterpret_cast<const int64_t*>(which.const_data_ptr());
-    p.eigenvalues = launch.eigenvalues;
-    cuda_solve(grams_, p);
-  }
-  for (const Target& target : targets_) place_[target.slot] = -1;
-  blocks_.clear();
-  pieces_.clear();
-  targets_.clear();
-  shares_.clear();
-  held_.clear();
-  items_ = 0;
-}
 
 Block block_of(const Tensor& grad) {
   Block block{};
@@ -261,9 +40,9 @@ void patch_products(const Tensor& elements, const Tensor& patches, const PatchPa
   p.at = reinterpret_cast<const int64_t*>(at.const_data_ptr());
   p.elements = elements.const_data_ptr();
   p.patches = patches.mutable_data_ptr();
-  p.type = scalar_of(patches.scalar_type());
-  check(cuda_patch_products(p, c10::cuda::getCurrentCUDAStream()), "the products of patches",
-        patches);
+  p.type = scalar_of_type(patches.scalar_type());
+  check_launch(cuda_patch_products(p, c10::cuda::getCurrentCUDAStream()), "the products of patches",
+               patches);
 }
 
 void ghost_sum(const Tensor& grams, const Tensor& products, const Tensor& b,
@@ -278,8 +57,8 @@ void ghost_sum(const Tensor& grams, const Tensor& products, const Tensor& b,
   p.products = products.const_data_ptr();
   p.b = b.const_data_ptr();
   p.grams = grams.mutable_data_ptr();
-  p.type = scalar_of(grams.scalar_type());
-  check(cuda_ghost_sum(p, c10::cuda::getCurrentCUDAStream()), "the sum over tokens", grams);
+  p.type = scalar_of_type(grams.scalar_type());
+  check_launch(cuda_ghost_sum(p, c10::cuda::getCurrentCUDAStream()), "the sum over tokens", grams);
 }
 
 class CudaBackend : public Backend {
@@ -425,21 +204,21 @@ void cuda_add_token_rows(const Tensor& table, const Tensor& index, const Tensor&
   p.columns = table.size(2);
   p.tokens = index.size(1);
   p.first = first;
-  p.type = scalar_of(table.scalar_type());
-  check(cuda_add_rows(p, c10::cuda::getCurrentCUDAStream()), "the sum over an embedding's tokens",
-        table);
+  p.type = scalar_of_type(table.scalar_type());
+  check_launch(cuda_add_rows(p, c10::cuda::getCurrentCUDAStream()),
+               "the sum over an embedding's tokens", table);
 }
 
 void cuda_solve(const Tensor& grams, SpectrumParams p) {
   p.grams = grams.const_data_ptr();
-  p.gram_type = scalar_of(grams.scalar_type());
+  p.gram_type = scalar_of_type(grams.scalar_type());
   p.samples = grams.size(1);
   const int64_t doubles = lanczos_workspace(p.samples);
   const auto bytes = doubles * static_cast<int64_t>(sizeof(double));
   p.workers = std::min<int64_t>(p.count, std::max<int64_t>(kSolverBytes / bytes, 1));
   const Tensor workspace = at::empty({p.workers * doubles}, grams.options().dtype(at::kDouble));
   p.workspace = workspace.mutable_data_ptr<double>();
-  check(cuda_spectrum(p, c10::cuda::getCurrentCUDAStream()), "the eigenvalue kernel", grams);
+  check_launch(cuda_spectrum(p, c10::cuda::getCurrentCUDAStream()), "the eigenvalue kernel", grams);
 }
 
 }  // namespace lightning_mat
