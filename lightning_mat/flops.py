@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import (
     FlopCounterMode,
+    conv_backward_flop,
     flop_registry,
     register_flop_formula,
     sdpa_backward_flop_count,
@@ -100,10 +101,20 @@ def count() -> Iterator[FlopCount]:
         >>> counter.total  # 2 × 5 tokens × 3 inputs × 4 outputs
         120
     """
-    mode = FlopCounterMode(display=False)
+    convolution = {torch.ops.aten.convolution_backward: _convolution_backward}
+    mode = FlopCounterMode(display=False, custom_mapping=convolution)
     mode.mod_tracker = _NoModules()  # type: ignore[assignment]
     with _eager, mode:
         yield FlopCount(mode)
+
+
+def _convolution_backward(*shapes: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Return PyTorch's count, whose weight gradient takes every group for the whole input."""
+    *operands, groups, mask = shapes
+    formula = cast("Callable[..., int]", conv_backward_flop)
+    on_input = formula(*operands, groups, [mask[0], False], out_val=out_shape)
+    on_weight = formula(*operands, groups, [False, mask[1]], out_val=out_shape)
+    return int(on_input + on_weight // groups)
 
 
 def register(operation: object, formula: Callable[..., int]) -> None:

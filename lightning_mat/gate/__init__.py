@@ -1,7 +1,17 @@
 """A backward pass that skips what rests: :class:`Gate`, and the rules it is made of."""
 
-from lightning_mat.gate import attention, conv, linear
+from lightning_mat.gate import attention, conv, embedding, experts, linear, norm, transposed
 from lightning_mat.gate.gate import Gate
 from lightning_mat.gate.rules import register_gate_rule
 
-__all__ = ["Gate", "attention", "conv", "linear", "register_gate_rule"]
+__all__ = [
+    "Gate",
+    "attention",
+    "conv",
+    "embedding",
+    "experts",
+    "linear",
+    "norm",
+    "register_gate_rule",
+    "transposed",
+]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mat.gate.buffer import GradientBuffer
 from lightning_mat.units.regions import Block, complement
 
 _log = logging.getLogger(__name__)
@@ -43,10 +44,12 @@ class ClearResting:
         self.name = name
         self.shape = (rows, columns)
         self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
+        self.buffer = GradientBuffer(self._clear)
         self._clean: tuple[int, int] | None = None
 
     def deliver(self, grad: Tensor) -> Tensor:
         """Return ``grad``, remembered as one in which what rests is zero already."""
+        self.buffer.written(grad)
         # Compiled code has no addresses to remember: there the hook clears once more.
         if not torch.compiler.is_compiling():
             self._clean = (grad.data_ptr(), grad._version)
@@ -65,12 +68,19 @@ class ClearResting:
         if clean == (grad.data_ptr(), grad._version):
             return None
         cleared = grad.clone(memory_format=torch.contiguous_format)
-        matrix = cleared.view(self.shape)
+        self._clear(cleared)
+        return cleared
+
+    def _clear(self, grad: Tensor) -> None:
+        """Write zeros to what rests."""
+        if grad.shape[:1] != (self.shape[0],) or not grad.is_contiguous():
+            grad.zero_()  # in another layout: what trains is written anyway
+            return
+        matrix = grad.view(self.shape)
         for block in self.resting:
             for a, b in block.rows:
                 for c, d in block.columns:
                     matrix[a:b, c:d] = 0
-        return cleared
 
 
 class DropGradient:
@@ -89,8 +99,9 @@ class DropGradient:
         param.grad = None
         note_once(
             f"used outside: {self.name}",
-            f"parameter {self.name!r} rests, but its gradient was computed, because the model "
-            "uses it outside of its module's forward: it was dropped, and nothing was saved",
+            f"parameter {self.name!r} rests, but a gradient arrived and was dropped: zeros in a "
+            "compiled model; in any other it was computed in full, because the model uses the "
+            "parameter outside of its module's forward, and nothing was saved",
         )
 
 

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
-from lightning_mat.gate.rules import Forward, Rest
+from lightning_mat.gate.compiled import Place, StaticLayer
+from lightning_mat.gate.rules import Forward, Plain, Rest
+
+
+@functools.cache
+def _stand_in(forward: Forward) -> Forward:
+    """Return the function that stands in for a class's forward, bound to a GatedForward.
+
+    One for each class: compilers guard on functions, and so take alike layers for alike. Lightning
+    and Hugging Face look at the signature and the name of a model's forward.
+    """
+
+    def stand_in(gated: GatedForward, *args: Any, **kwargs: Any) -> Any:
+        return gated(*args, **kwargs)
+
+    functools.update_wrapper(stand_in, forward, updated=())
+    stand_in.is_gate = True  # type: ignore[attr-defined]
+    return stand_in
 
 
 class GatedForward:
-    """Callable in ``module.__dict__["forward"]`` that runs a rule's forward where gradients flow.
+    """What ``module.__dict__["forward"]`` is bound to: runs a rule's forward where gradients flow.
 
     The module keeps its class, parameters, hooks, ``state_dict`` and ``repr``. A deep copy or a
     pickle of the module holds its plain forward. Without gradients, inside ``torch.func``
@@ -24,28 +43,61 @@ class GatedForward:
 
     Args:
         module: The module.
-        rests: Its parameters of which something rests, by (dotted) name.
+        names: Its parameters that units own, by (dotted) name.
+        plain: The forward of a layer ``(x, weight, bias) → y``, where compiled models have one
+            graph for all decisions.
+        eager: Stand aside in compiled models, where the modules inside do the same.
     """
 
-    def __init__(self, module: nn.Module, rests: Mapping[str, Rest]) -> None:
-        """Remember the module's own forward."""
-        self.module = module
-        self.before: Forward | None = module.__dict__.get("forward")
-        self.plain: Forward = self.before or MethodType(type(module).forward, module)
-        self.run: Forward | None = None
-        self.watched = tuple((*_holder(module, name), rest.param) for name, rest in rests.items())
-        # Lightning and Hugging Face look at the signature and the code of a model's forward.
-        functools.update_wrapper(self, self.plain, updated=())
+    is_gate = True
 
-    def install(self, run: Forward) -> None:
-        """Route the module's forward through ``run``."""
-        self.run = run
-        self.module.__dict__["forward"] = self
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Iterable[str] = (),
+        plain: Plain | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        """Remember where the parameters are."""
+        self.module = module
+        self.watched = tuple(
+            (params, name, params[name]) for params, name in (_holder(module, n) for n in names)
+        )
+        self.layer = plain
+        self.place = None if plain is None else Place(functools.partial(plain, module))
+        self.eager = eager
+        self.on = False
+        self.run: Forward | None = None
+        self.before: Forward | None = None
+        self.plain: Forward = MethodType(type(module).forward, module)
+        self.installed: Forward = self
+
+    def install(self, run: Forward | None) -> None:
+        """Route the module's forward through ``run``; None where nothing of it rests.
+
+        Raises:
+            RuntimeError: If another gate is on the module.
+        """
+        self.before = self.module.__dict__.get("forward")
+        other = getattr(self.before, "__self__", self.before)
+        if isinstance(other, GatedForward):
+            if other.on:
+                raise RuntimeError("a gate is on it already: call remove() on that gate first")
+            self.before = None  # it came with a copy
+        if self.before is None:
+            self.plain = MethodType(type(self.module).forward, self.module)
+            self.installed = MethodType(_stand_in(type(self.module).forward), self)
+        else:
+            self.plain = self.before
+            self.installed = functools.update_wrapper(self, self.plain, updated=())
+        self.run, self.on = run, True
+        self.module.__dict__["forward"] = self.installed
 
     def uninstall(self) -> None:
         """Give the module back the forward it had; inert if another wrapper holds on to this."""
-        self.run = None
-        if self.module.__dict__.get("forward") is not self:
+        self.run, self.on = None, False
+        if self.module.__dict__.get("forward") is not self.installed:
             return
         if self.before is None:
             del self.module.__dict__["forward"]
@@ -55,29 +107,43 @@ class GatedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output; its backward skips what rests."""
         if (
-            self.run is None
+            not self.on
             or not torch.is_grad_enabled()
             or torch._C._are_functorch_transforms_active()
             or any(params.get(name) is not param for params, name, param in self.watched)
         ):
             return self.plain(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # With more arguments, as a transposed convolution may have, it is no (x) → y.
+            if self.place is not None and len(args) + len(kwargs) == 1:
+                return self._compiled(*args, **kwargs)
+            if self.eager and self.place is None:
+                return self.plain(*args, **kwargs)
+        if self.run is None:
+            return self.plain(*args, **kwargs)
+        _refuse_reentrant(self.module)
         return self.run(*args, **kwargs)
 
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of a layer in a compiled model: the graph knows no decision."""
+        (x,) = (*args, *kwargs.values())
+        weight, bias = self.module._parameters["weight"], self.module._parameters.get("bias")
+        assert self.place is not None
+        return StaticLayer.apply(x, weight, bias, self.layer, self.module, self.place.number)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        """Return the plain forward of the module's copy."""
+        """Return what runs the plain forward of the module's copy."""
         if self.before is not None:
             return copy.deepcopy(self.before, memo)
-        return MethodType(type(self.module).forward, copy.deepcopy(self.module, memo))
+        return GatedForward(copy.deepcopy(self.module, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as the plain forward."""
-        if self.before is not None:
-            return _same, (self.before,)
-        return getattr, (self.module, "forward")
+        """Pickle as the forward that somebody put on the module, or as what has the class's."""
+        return _same, (self.module if self.before is None else self.before,)
 
 
-def _same(forward: Forward) -> Forward:
-    return forward
+def _same(thing: Any) -> Any:
+    return thing
 
 
 def _holder(module: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
@@ -104,3 +170,34 @@ def detaching(gated: GatedForward, rests: Mapping[str, Rest]) -> Forward:
                 params[name] = param
 
     return run
+
+
+def constant(gated: GatedForward) -> Forward:
+    """Return a forward whose output is a constant: nothing of it is saved or passes gradients."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return gated.plain(*args, **kwargs)
+
+    return run
+
+
+def _refuse_reentrant(module: nn.Module) -> None:
+    """Raise where a reentrant checkpoint is being recomputed.
+
+    Its output has gradients only if its input has, so that what trains inside, above a part that
+    rests, would silently get none.
+    """
+    # Recomputing happens within a backward pass; only then is the stack worth a look.
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            raise RuntimeError(
+                f"{type(module).__name__} is in a reentrant activation checkpoint, which loses the "
+                "gradients of what trains above units at rest: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), in Hugging Face "
+                'gradient_checkpointing_enable({"use_reentrant": False})'
+            )
+        frame = frame.f_back  # type: ignore[assignment]

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mat.gate import compiled
 from lightning_mat.gate.fallback import ClearResting, DropGradient, forget, note_once, watch
-from lightning_mat.gate.forward import GatedForward, detaching
-from lightning_mat.gate.rules import Rest, entry_for
+from lightning_mat.gate.forward import constant, detaching
+from lightning_mat.gate.heads import splitting
+from lightning_mat.gate.rules import Forward, Rest, entry_for
+from lightning_mat.gate.sites import Site, find_sites
 from lightning_mat.units.core import Partition
+from lightning_mat.units.regions import Block
 from lightning_mat.units.unit import matrix_shape
 
-SKIPS = ("weights",)
+SKIPS = ("weights", "units")
+# Kinds of units that have an output of their own, which ``skip="units"`` makes a constant. A layer
+# has not: without it nothing would train below.
+CUT_KINDS = ("head", "expert", "filter", "ffn")
 
 
 class Gate:
     """Makes a model's backward pass skip the units that rest.
 
-    After :meth:`apply`, the gradients of the units that train and of the remainder equal those of a
-    plain backward pass. A parameter that rests whole gets no gradient (``.grad`` is None); in one
-    of which a part rests that part is zero, so that clipping by norm does not see it. The products
-    that would make up resting gradients are not computed, and activations that only they need are
-    not saved. Outputs and input gradients are those of the plain model.
+    After :meth:`apply`, and with ``skip="weights"``, the gradients of the units that train and of
+    the remainder equal those of a plain backward pass. With ``skip="units"`` they equal those of
+    the model in which the outputs of resting heads, experts, filters and feed-forward blocks are
+    detached (:data:`CUT_KINDS`; other units rest as with ``"weights"``): nothing is computed or
+    saved for gradients into or through them. Outputs are those of the plain model in both.
 
-    Rules know ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d`` and Hugging Face's ``Conv1D``, and any
-    layer's parameters that rest whole. A parameter of another layer of which a part rests, gets its
-    gradient in full, cleared where it rests (:attr:`in_full`).
+    A parameter that rests whole gets no gradient (``.grad`` is None); in one of which a part rests
+    that part is zero, so that clipping by norm does not see it. The products that would make up
+    resting gradients are not computed, and activations that only they need are not saved.
+
+    There is a rule for each layer type, see :func:`register_gate_rule` and ``docs/step.md``. Of a
+    layer without one, parameters that rest whole are skipped, and parts of others get their
+    gradient in full, cleared where they rest (:attr:`in_full`).
 
     With all units active every module is exactly as it was. A gate is also a context manager that
     removes itself on exit. The model's copies and pickles carry no gate.
@@ -36,10 +48,17 @@ class Gate:
     Args:
         model: The model.
         part: Its units.
-        skip: What is skipped: ``"weights"``, the gradients of resting parameters.
+        skip: What is skipped: ``"weights"``, the gradients of resting parameters, or ``"units"``,
+            also the gradients into and through resting units. With dropout inside of
+            ``F.scaled_dot_product_attention`` the masks are then drawn separately for training and
+            resting heads: of the same distribution, from other random numbers.
+        freeze_bn: Stop the running statistics of BatchNorm in channels of resting filters, where
+            a BatchNorm directly follows the convolution in their parent. It normalises by the batch
+            as ever. By default the statistics are left alone.
 
     Raises:
-        ValueError: If ``skip`` is unknown, or the partition is of another model.
+        ValueError: If ``skip`` is unknown, the partition is of another model, or ``"units"`` would
+            have to cut a part of a layer that no rule knows.
 
     Example:
         >>> import torch
@@ -60,13 +79,16 @@ class Gate:
         The MAT paper, section 4: units below the threshold are excluded from the backward pass.
     """
 
-    def __init__(self, model: nn.Module, part: Partition, skip: str = "weights") -> None:
+    def __init__(
+        self, model: nn.Module, part: Partition, skip: str = "weights", *, freeze_bn: bool = False
+    ) -> None:
         """Find the modules that hold what the units own; nothing changes before :meth:`apply`."""
         if skip not in SKIPS:
             choices = ", ".join(repr(choice) for choice in SKIPS)
             raise ValueError(f"skip must be one of {choices}, got {skip!r}")
         self.part = part
         self.skip = skip
+        self.freeze_bn = freeze_bn
         self._params = dict(model.named_parameters())
         for name in part.owners:
             if name not in self._params or self._params[name].shape != part.shapes[name]:
@@ -75,21 +97,30 @@ class Gate:
                     f"{tuple(part.shapes[name])}, which this model has not: make the partition of "
                     "the same model"
                 )
-        canonical = {id(param): name for name, param in self._params.items()}
-        # Shared modules and tied parameters: every module once, every parameter under one name.
-        read = {
-            module.get_submodule(child)
-            for module in model.modules()
-            for child in entry_for(module).reads
-        }
-        self._sites = [
-            (path, module, names)
-            for path, module in model.named_modules()
-            if module not in read and (names := _names(module, canonical, part))
-        ]
-        self._gated: list[GatedForward] = []
+        self._sites = find_sites(model, part, units=skip == "units", batch_norms=freeze_bn)
         self._hooks: list[tuple[nn.Parameter, RemovableHandle]] = []
         self._in_full: set[str] = set()
+        if skip == "units":
+            for site in self._sites.layers:
+                self._try(site)
+
+    def _try(self, site: Site) -> None:
+        """Raise early where a rule will not be able to cut what a unit contributes to a module."""
+        owners = {i for name in site.names.values() for i, _ in self.part.owners[name]}
+        first = min((i for i in owners if self.part.kinds[i] in CUT_KINDS), default=None)
+        if first is None:
+            return
+        flags = [index != first for index in range(len(self.part))]
+        own = {}
+        for local, name in site.names.items():
+            blocks, passing = self._blocks(name, flags)
+            rest = Rest(self._params[name], blocks, passing)
+            if not rest.passes:
+                own[local] = rest
+        entry = entry_for(site.module)
+        if (entry.rule is None or entry.rule(site.module, own) is None) and own:
+            self._check_passes(site, own)
+        _forget(site)
 
     @property
     def in_full(self) -> tuple[str, ...]:
@@ -111,21 +142,41 @@ class Gate:
         """
         flags = self.part.check_active(active).tolist()
         self.remove()
+        if all(flags):
+            return
         try:
             rests = {name: rest for name in self.part.owners if (rest := self._rest(name, flags))}
-            for path, module, names in self._sites:
-                own = {local: rests[name] for local, name in names.items() if name in rests}
-                if own:
-                    self._gate(path, module, own, names)
+            for site in self._sites.layers:
+                self._gate(site, rests)
+            for site, attention in self._sites.attentions:
+                # In every decision: compiled models look at whether it is there.
+                if not site.gated.on:
+                    self._install(site, None)
+                run = site.gated.run or site.gated.plain
+                site.gated.run = splitting(run, attention.split(rests))
+            for site, batch_norm in self._sites.statistics:
+                batch_norm.stop(site.gated, rests)
+            for site, unit in self._sites.experts:
+                if not flags[unit]:
+                    self._install(site, constant(site.gated))
         except BaseException:
             self.remove()
             raise
+
+    def _blocks(self, name: str, flags: list[bool]) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+        """Return what of a parameter trains, and what of it gradients travel through."""
+        blocks = self.part.active_blocks(name, flags)
+        passes = [
+            on or self.skip == "weights" or kind not in CUT_KINDS
+            for on, kind in zip(flags, self.part.kinds, strict=True)
+        ]
+        return blocks, self.part.active_blocks(name, passes)
 
     def _rest(self, name: str, flags: list[bool]) -> Rest | None:
         """Return what rests of a parameter, with its hook registered; None if nothing does."""
         param = self._params[name]
         rows, columns = matrix_shape(param.shape)
-        blocks = self.part.active_blocks(name, flags)
+        blocks, passing = self._blocks(name, flags)
         if sum(block.numel for block in blocks) == rows * columns:
             return None
         hook = ClearResting(name, blocks, rows, columns) if blocks else DropGradient(name)
@@ -133,20 +184,28 @@ class Gate:
             param.grad = None
         if param.requires_grad:
             self._hooks.append((param, watch(param, hook)))
-        return Rest(param, blocks, hook if isinstance(hook, ClearResting) else None)
+        return Rest(param, blocks, passing, hook if isinstance(hook, ClearResting) else None)
 
-    def _gate(
-        self, path: str, module: nn.Module, own: dict[str, Rest], names: dict[str, str]
-    ) -> None:
-        if isinstance(module.__dict__.get("forward"), GatedForward):
-            raise RuntimeError(
-                f"module {path!r} has a gate already: call remove() on the other gate first"
-            )
-        gated = GatedForward(module, own)
-        rule = entry_for(module).rule
-        run = rule(module, own) if rule is not None else None
+    def _gate(self, site: Site, rests: dict[str, Rest]) -> None:
+        """Make a module's forward follow what rests of its parameters."""
+        module, gated = site.module, site.gated
+        own = {local: rests[name] for local, name in site.names.items() if name in rests}
+        entry = entry_for(module)
+        if entry.static is not None:
+            make = entry.static.gradients
+            cast(compiled.Place, gated.place).let(lambda: make(module, own))
+        if not own and not entry.always:
+            if entry.static is not None:
+                self._install(site, None)
+            return
+        known = entry.rule is not None or site.inside_expert
+        if known and not entry.always and _is_constant(module, own):
+            self._install(site, constant(gated))
+            return
+        run = entry.rule(module, own) if entry.rule is not None else None
         if run is None:
-            sliced = [names[local] for local, rest in own.items() if not rest.whole]
+            self._check_passes(site, own)
+            sliced = [site.names[local] for local, rest in own.items() if not rest.whole]
             self._in_full.update(sliced)
             for name in sliced:
                 kind = type(module).__name__
@@ -158,18 +217,35 @@ class Gate:
             if len(sliced) == len(own):
                 return
             run = detaching(gated, own)
-        gated.install(run)
-        self._gated.append(gated)
+        self._install(site, run)
+
+    def _install(self, site: Site, run: Forward | None) -> None:
+        try:
+            site.gated.install(run)
+        except RuntimeError as error:
+            raise RuntimeError(f"module {site.path!r}: {error}") from None
+
+    def _check_passes(self, site: Site, own: dict[str, Rest]) -> None:
+        """Raise where the gradients through a module would have to be cut without a rule."""
+        name = next((site.names[n] for n, rest in own.items() if not rest.passes), None)
+        if name is None or (site.inside_expert and _is_constant(site.module, own)):
+            return
+        raise ValueError(
+            f'skip="units" cannot cut the gradients through {name!r}, because no gate rule knows '
+            f"how these units rest in {type(site.module).__name__} (module {site.path!r}): use "
+            'skip="weights", leave them out, or register_gate_rule one'
+        )
 
     def remove(self) -> None:
         """Give the model back as it was; :meth:`apply` may be called again."""
-        for gated in self._gated:
-            gated.uninstall()
+        for site in self._sites.all():
+            if site.gated.on:
+                site.gated.uninstall()
+                _forget(site)
         for _, handle in self._hooks:
             handle.remove()
         for param, _ in self._hooks:
             forget(param)
-        self._gated.clear()
         self._hooks.clear()
         self._in_full.clear()
 
@@ -187,12 +263,17 @@ class Gate:
         self.remove()
 
 
-def _names(module: nn.Module, canonical: dict[int, str], part: Partition) -> dict[str, str]:
-    """Return {name within the module: canonical name} of the owned parameters it reads itself."""
-    found: dict[str, str] = {}
-    for prefix in ("", *entry_for(module).reads):
-        for local, param in module.get_submodule(prefix)._parameters.items():
-            name = canonical.get(id(param))
-            if name in part.owners:
-                found[f"{prefix}.{local}" if prefix else local] = name
-    return found
+def _is_constant(module: nn.Module, own: dict[str, Rest]) -> bool:
+    """Return whether nothing that a module reads passes gradients on."""
+    return all(rest.cut for rest in own.values()) and own.keys() >= {
+        name for name, _ in module.named_parameters()
+    }
+
+
+def _forget(site: Site) -> None:
+    """Let go of what rested, and with it of the memory of gradients."""
+    entry = entry_for(site.module)
+    if site.gated.place is not None:
+        site.gated.place.let(lambda: None)
+    if entry.always and entry.rule is not None and site.names:
+        entry.rule(site.module, {})

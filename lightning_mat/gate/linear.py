@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,17 +13,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_mat.gate.autocast import autocast_dtype, lowered
+from lightning_mat.gate.compiled import Gradients, Needs
+from lightning_mat.gate.partly import Partly
 from lightning_mat.gate.plan import (
+    Passage,
     Plan,
     Term,
     constant_if_whole,
     covers,
+    passing_blocks,
+    passing_entries,
     training_blocks,
     training_entries,
 )
-from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
+from lightning_mat.gate.rules import Forward, Rest, Static, register_gate_rule
 from lightning_mat.gate.selection import Selection, place
-from lightning_mat.units.regions import merge_runs
+from lightning_mat.units.regions import Block, Run, merge_runs
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,22 @@ class LinearPlan(Plan):
 
     Attributes:
         input_major: The weight is ``[in, out]`` (``Conv1D``), not ``[out, in]`` (``nn.Linear``).
+        kept_of_part: What :attr:`kept` is among :attr:`into`.
     """
 
     input_major: bool
+    kept_of_part: Selection
 
 
 class PartialLinear(torch.autograd.Function):
-    r"""Product with a weight of which a part trains.
+    r"""Product with a weight of which a part trains, or passes gradients on.
 
     For tokens :math:`t`, :math:`y_t = W x_t + b`, and for every block of rows :math:`R` and columns
-    :math:`C` that trains
+    :math:`C` that trains, respectively passes,
 
     .. math:: \nabla W_{RC} = \sum_t (\nabla y_t)_R \, (x_t)_C^\top, \qquad
-              \nabla b_R = \sum_t (\nabla y_t)_R.
+              \nabla b_R = \sum_t (\nabla y_t)_R, \qquad
+              (\nabla x_t)_C \mathrel{+}= W_{RC}^\top (\nabla y_t)_R.
 
     The slices are taken out of the operands before the product, all runs of a block in one: on a
     CPU one product of a quarter of the rows costs a quarter of the full one, while a product for
@@ -57,44 +66,100 @@ class PartialLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         plan: LinearPlan,
-    ) -> Tensor:
+        values: Tensor | None,
+    ) -> Any:
         """Return the layer's output, bit by bit what the plain layer returns.
 
         Args:
             ctx: What autograd keeps for the backward pass.
-            x: Shape ``[..., in]``; ``[tokens, in]`` for an input-major weight.
+            x: Shape ``[..., in]``, or ``[..., len(plan.into)]`` where only that part has gradients.
             weight: Shape ``[out, in]``, or ``[in, out]`` where the plan says input-major.
             bias: Shape ``[out]``, or None.
-            plan: What trains.
+            plan: What trains, and what passes.
+            values: The whole input ``[..., in]`` where ``x`` is a part of it, or None.
+
+        Returns:
+            The output ``[..., out]``; where only some outputs pass gradients on, these
+            ``[..., len(plan.out)]`` and, as a constant, the output.
         """
         dtype = autocast_dtype(x.device)
-        ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
-        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.plan, ctx.x_shape, ctx.x_dtype, ctx.part = plan, x.shape, x.dtype, values is not None
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         x, weight = lowered(x, dtype), lowered(weight, dtype)
         bias = None if bias is None else lowered(bias, dtype)
-        kept = plan.kept.copy(_flat(x), 1) if ctx.needs_input_grad[1] else None
+        kept = None
+        if ctx.needs_input_grad[1]:
+            kept = (plan.kept if values is None else plan.kept_of_part).copy(_flat(x), 1)
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        if plan.input_major:
-            return torch.addmm(cast(Tensor, bias), x, weight)
-        return F.linear(x, weight, bias)
+        full = x if values is None else lowered(values, dtype)
+        out = (_conv1d if plan.input_major else _linear)(None, full, weight, bias)
+        if plan.out.whole:
+            return out
+        ctx.mark_non_differentiable(out)
+        return plan.out.copy(out, -1), out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *constant: object) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, weight and bias."""
         plan: LinearPlan = ctx.plan
         kept, weight = ctx.saved_tensors
         grad = _flat(grad)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight.t() if plan.input_major else weight)
+            grad_x = _input_gradient(grad, weight, plan, part=ctx.part)
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad, kept, plan, ctx.weight_shape, ctx.weight_dtype)
+            grad_weight = _weight_gradient(grad, kept, plan, ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = plan.give_bias(grad, ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def linear_gradients(
+    module: nn.Module, rests: Mapping[str, Rest], *, input_major: bool = False
+) -> Gradients | None:
+    """Return what computes the gradients of a linear layer in a compiled model."""
+    if not covers(module, rests):
+        return None
+    plan = linear_plan(module, rests, input_major=input_major)
+    return lambda *args: all_gradients(plan, *args)
+
+
+def all_gradients(
+    plan: LinearPlan, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of input, weight and bias, given the whole input and the output's."""
+    grad = plan.out.take(_flat(grad), 1)
+    low_x, low_weight = x.to(grad.dtype), weight.to(grad.dtype)
+    grad_x = grad_weight = grad_bias = None
+    if needs[0] and len(plan.into):
+        grad_x = _input_gradient(grad, low_weight, plan, part=False).view(x.shape).to(x.dtype)
+    if needs[1] and plan.terms:
+        kept = plan.kept.take(_flat(low_x), 1)
+        grad_weight = _weight_gradient(grad, kept, plan, weight.dtype)
+    if needs[2] and bias is not None and len(plan.bias):
+        grad_bias = plan.give_bias(grad, bias.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def _linear(module: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dim() < 3 or x.is_contiguous():
+        return F.linear(x, weight, bias)
+    # Of a strided input PyTorch computes one product where the weight needs a gradient, and many
+    # where it does not, as inside of an autograd function: the same bits come from the former.
+    out = _shaped(torch.mm(_flat(x), weight.t()), x)
+    return out if bias is None else out.add_(bias)
+
+
+def _conv1d(module: object, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.addmm(cast(Tensor, bias), _flat(x), weight)
+    return _shaped(out, x)
+
+
+def _shaped(out: Tensor, x: Tensor) -> Tensor:
+    """Return tokens in the shape of the input, as no view: what follows may change it in place."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]]))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -102,39 +167,106 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _weight_gradient(
-    grad: Tensor, kept: Tensor, plan: LinearPlan, shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, plan: LinearPlan, *, part: bool) -> Tensor:
+    """Return ``[tokens, in]``, or the columns of ``plan.into`` alone."""
+    if plan.passages is None:
+        return grad @ (weight.t() if plan.input_major else weight)
+    result: Tensor | None = None
+    for passage in plan.passages:
+        block = passage.columns.take(passage.rows.take(weight, 0), 1)
+        out = passage.grad.take(grad, 1) @ (block.t() if plan.input_major else block)
+        inputs = passage.inner if part else passage.inputs
+        if inputs.whole and len(plan.passages) == 1:
+            return out
+        if result is None:
+            result = out.new_zeros(len(grad), inputs.size)
+        (inputs.put if len(plan.passages) == 1 else inputs.add)(out, result, 1)
+    assert result is not None
+    return result
+
+
+def _weight_gradient(grad: Tensor, kept: Tensor, plan: LinearPlan, dtype: torch.dtype) -> Tensor:
     def product(grad: Tensor, x: Tensor) -> Tensor:
         return x.t() @ grad if plan.input_major else grad.t() @ x
 
     if plan.weight_rest is None:
         return product(grad, kept).to(dtype)
-    result = grad.new_zeros(shape, dtype=dtype)
+    result = plan.weight_rest.zeros(dtype)
     for term in plan.terms:
         block = product(term.grad.take(grad, 1), term.inputs.take(kept, 1))
         place(block, result, term.rows, term.columns)
     return plan.give_weight(result)
 
 
-def _plan(module: nn.Module, rests: Mapping[str, Rest], *, input_major: bool) -> LinearPlan:
+def linear_plan(module: nn.Module, rests: Mapping[str, Rest], *, input_major: bool) -> LinearPlan:
+    """Return what of a matrix product's gradients is computed.
+
+    Args:
+        module: Has a ``weight`` and a ``bias``, which may be None.
+        rests: What rests of them.
+        input_major: The weight is ``[in, out]``.
+    """
     weight, bias = cast(nn.Parameter, module.weight), cast("nn.Parameter | None", module.bias)
-    blocks = training_blocks(weight, rests.get("weight"))
-    rows = [Selection(block.rows, weight.shape[0], weight.device) for block in blocks]
-    columns = [Selection(block.columns, weight.shape[1], weight.device) for block in blocks]
-    grads, inputs = (columns, rows) if input_major else (rows, columns)
-    kept = Selection(
-        merge_runs(run for some in inputs for run in some.runs),
-        weight.shape[0 if input_major else 1],
-        weight.device,
+    weight_rest, bias_rest = rests.get("weight"), rests.get("bias")
+    sizes = tuple(weight.shape)
+    device = weight.device
+    out_size, in_size = reversed(sizes) if input_major else sizes
+
+    def sides(block: Block) -> tuple[Selection, Selection, Selection, Selection]:
+        """Return a block's outputs, inputs, rows and columns."""
+        rows = Selection(block.rows, sizes[0], device)
+        columns = Selection(block.columns, sizes[1], device)
+        return (columns, rows, rows, columns) if input_major else (rows, columns, rows, columns)
+
+    trains = [sides(block) for block in training_blocks(weight, weight_rest)]
+    passes = [sides(block) for block in passing_blocks(weight, weight_rest)]
+
+    def union(selections: Iterable[Selection], size: int, *more: Run) -> Selection:
+        runs = merge_runs([run for some in selections for run in some.runs] + list(more))
+        return Selection(runs, size, device)
+
+    kept = union((inputs for _, inputs, _, _ in trains), in_size)
+    into = union((inputs for _, inputs, _, _ in passes), in_size)
+    passing = passing_entries(bias, bias_rest)
+    out = union((outputs for outputs, _, _, _ in passes), out_size, *passing)
+    entries = Selection(training_entries(bias, bias_rest), out_size, device)
+    passages = tuple(
+        Passage(outputs.within(out), rows, columns, inputs, inputs.within(into))
+        for outputs, inputs, rows, columns in passes
     )
-    terms = tuple(
-        Term(grad, some.within(kept), r, c)
-        for grad, some, r, c in zip(grads, inputs, rows, columns, strict=True)
+    return LinearPlan(
+        terms=tuple(
+            Term(outputs.within(out), inputs.within(kept), rows, columns)
+            for outputs, inputs, rows, columns in trains
+        ),
+        kept=kept,
+        bias=entries.within(out),
+        bias_entries=entries,
+        weight_rest=weight_rest,
+        bias_rest=bias_rest,
+        out=out,
+        into=into,
+        passages=None if weight_rest is None or weight_rest.passes else passages,
+        input_major=input_major,
+        kept_of_part=kept.within(into),
     )
-    entries = training_entries(bias, rests.get("bias"))
-    trained = Selection(entries, weight.shape[1 if input_major else 0], weight.device)
-    return LinearPlan(terms, kept, trained, rests.get("weight"), rests.get("bias"), input_major)
+
+
+def run_linear(layer: nn.Linear, input: Tensor, plan: LinearPlan) -> Tensor:
+    """Return the layer's output for an input of which perhaps only a part has gradients."""
+    weight = cast(Tensor, constant_if_whole(layer.weight, plan.weight_rest))
+    bias = constant_if_whole(layer.bias, plan.bias_rest)
+    x, values = input, None
+    if isinstance(input, Partly):
+        fits = plan.passages is not None and input.selection.runs == plan.into.runs
+        if fits and input.apart:
+            x, values = input.taken(), input.full
+        else:
+            x = input.merged()
+    if len(plan.into) == 0:
+        x = x.detach()
+    out = PartialLinear.apply(x, weight, bias, plan, values)
+    return cast(Tensor, out) if plan.out.whole else Partly.make(out[1], out[0], plan.out)
 
 
 def linear_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | None:
@@ -142,17 +274,16 @@ def linear_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | None:
     if not covers(module, rests):
         return None
     layer = cast(nn.Linear, module)
-    plan = _plan(module, rests, input_major=False)
-    sliced = any(not rest.whole for rest in rests.values())
+    plan = linear_plan(module, rests, input_major=False)
+    if any(not rest.whole or not rest.passes for rest in rests.values()):
+        return lambda input: run_linear(layer, input, plan)
 
-    def run(input: Tensor) -> Tensor:
+    def constant(input: Tensor) -> Tensor:
         weight = constant_if_whole(layer.weight, plan.weight_rest)
         bias = constant_if_whole(layer.bias, plan.bias_rest)
-        if not sliced:
-            return F.linear(input, cast(Tensor, weight), bias)
-        return cast(Tensor, PartialLinear.apply(input, weight, bias, plan))
+        return F.linear(input, cast(Tensor, weight), bias)
 
-    return run
+    return constant
 
 
 def conv1d_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | None:
@@ -160,16 +291,13 @@ def conv1d_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | None:
     if not covers(module, rests):
         return None
     layer = cast(nn.Linear, module)
-    plan = _plan(module, rests, input_major=True)
-
-    def run(x: Tensor) -> Tensor:
-        weight = constant_if_whole(layer.weight, plan.weight_rest)
-        bias = constant_if_whole(layer.bias, plan.bias_rest)
-        out = cast(Tensor, PartialLinear.apply(x.view(-1, x.size(-1)), weight, bias, plan))
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-    return run
+    plan = linear_plan(module, rests, input_major=True)
+    return lambda x: run_linear(layer, x, plan)
 
 
-register_gate_rule(nn.Linear, linear_rule)
-register_gate_rule("transformers.pytorch_utils.Conv1D", conv1d_rule)
+register_gate_rule(nn.Linear, linear_rule, static=Static(plain=_linear, gradients=linear_gradients))
+register_gate_rule(
+    "transformers.pytorch_utils.Conv1D",
+    conv1d_rule,
+    static=Static(plain=_conv1d, gradients=functools.partial(linear_gradients, input_major=True)),
+)

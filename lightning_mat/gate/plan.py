@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ class Term:
     """One product of a weight gradient: which part of each operand gives which part of it.
 
     Attributes:
-        grad: Features (channels) of the output's gradient that enter.
+        grad: Features (channels) of the output's gradient that enter, among those that pass.
         inputs: Features (channels) of what was saved of the input that enter.
         rows: Rows of the weight (its dimension 0) that come out.
         columns: Columns of the weight (its dimension 1) that come out.
@@ -34,34 +34,65 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """One product of an input gradient: which part of the weight meets which of the output's.
+
+    Attributes:
+        grad: Features (channels) of the output's gradient that enter, among those that pass.
+        rows: Rows of the weight (its dimension 0) that enter.
+        columns: Columns of the weight (its dimension 1) that enter.
+        inputs: Features (channels) of the input whose gradient comes out.
+        inner: The same, counted among all that get a gradient.
+        groups: Groups of the convolution that gives this part; 1 for a matrix product.
+    """
+
+    grad: Selection
+    rows: Selection
+    columns: Selection
+    inputs: Selection
+    inner: Selection
+    groups: int = 1
+
+
+@dataclass(frozen=True)
 class Plan:
     """What of one layer's gradients is computed, and what of its input that needs.
 
     Attributes:
         terms: Products that make up the weight's gradient; none where the weight rests.
         kept: Features (channels) of the input that some term needs; the others are not saved.
-        bias: Entries of the bias that train; none where it rests or does not exist.
+        bias: Entries of the bias that train, counted among the outputs that pass; none where it
+            rests or does not exist.
+        bias_entries: The same, counted among all.
         weight_rest: The weight's :class:`Rest`, None where all of it trains.
         bias_rest: The bias' :class:`Rest`, None where all of it trains.
+        out: Features (channels) of the output that gradients travel through.
+        into: Features (channels) of the input that get a gradient.
+        passages: Products that make up the input's gradient; None where the whole weight passes,
+            which is one plain product.
     """
 
     terms: tuple[Term, ...]
     kept: Selection
     bias: Selection
+    bias_entries: Selection
     weight_rest: Rest | None
     bias_rest: Rest | None
+    out: Selection
+    into: Selection
+    passages: tuple[Passage, ...] | None
 
     def give_weight(self, grad: Tensor) -> Tensor:
         """Return the weight's gradient, known to be zero where the weight rests."""
         return grad if self.weight_rest is None else self.weight_rest.deliver(grad)
 
     def give_bias(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the bias' gradient from the output's gradient ``[n, out, ...]``."""
+        """Return the bias' gradient from that of the outputs that pass, ``[n, len(out), ...]``."""
         total = self.bias.take(grad, 1).sum([i for i in range(grad.dim()) if i != 1])
         if self.bias_rest is None:
             return total.to(dtype)
-        result = total.new_zeros(self.bias.size, dtype=dtype)
-        self.bias.put(total, result, 0)
+        result = self.bias_rest.zeros(dtype)
+        self.bias_entries.put(total, result, 0)
         return self.bias_rest.deliver(result)
 
 
@@ -73,17 +104,33 @@ def covers(module: nn.Module, rests: Mapping[str, Rest]) -> bool:
 
 def training_blocks(param: Tensor, rest: Rest | None) -> tuple[Block, ...]:
     """Return what of a parameter trains, over its matrix view."""
-    if rest is not None:
-        return rest.blocks
+    return (everything(param),) if rest is None else rest.blocks
+
+
+def passing_blocks(param: Tensor, rest: Rest | None) -> tuple[Block, ...]:
+    """Return what of a parameter gradients travel through, over its matrix view."""
+    return (everything(param),) if rest is None else rest.passing
+
+
+def everything(param: Tensor) -> Block:
+    """Return the block that covers a parameter's matrix view."""
     rows, columns = matrix_shape(param.shape)
-    return (Block(((0, rows),), ((0, columns),)),)
+    return Block(((0, rows),), ((0, columns),))
+
+
+def rows_of(blocks: Sequence[Block]) -> tuple[Run, ...]:
+    """Return the rows in which some block lies."""
+    return merge_runs(run for block in blocks for run in block.rows)
 
 
 def training_entries(bias: Tensor | None, rest: Rest | None) -> tuple[Run, ...]:
     """Return which entries of a bias train, none for a layer without one."""
-    if bias is None:
-        return ()
-    return merge_runs(run for block in training_blocks(bias, rest) for run in block.rows)
+    return () if bias is None else rows_of(training_blocks(bias, rest))
+
+
+def passing_entries(bias: Tensor | None, rest: Rest | None) -> tuple[Run, ...]:
+    """Return which entries of a bias gradients travel to, none for a layer without one."""
+    return () if bias is None else rows_of(passing_blocks(bias, rest))
 
 
 def constant_if_whole(param: Tensor | None, rest: Rest | None) -> Tensor | None:

@@ -43,7 +43,7 @@ class Filters:
     def find(self, model: nn.Module, taken: AbstractSet[str]) -> list[Unit]:
         """Return one unit per output channel of every convolution of which nothing is taken."""
         lookup = Lookup(model)
-        norms = _following_norms(lookup) if self.affine else {}
+        norms = following_norms(lookup) if self.affine else {}
         units = []
         for path, module in lookup:
             if not isinstance(module, CONVOLUTIONS):
@@ -64,7 +64,7 @@ class Filters:
         return units
 
 
-def _following_norms(lookup: Lookup) -> dict[str, str]:
+def following_norms(lookup: Lookup) -> dict[str, str]:
     """Return {path of a convolution: path of the BatchNorm that reads its output}."""
     norms = {}
     for path, parent in lookup:

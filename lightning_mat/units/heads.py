@@ -32,9 +32,19 @@ from lightning_mat.units.unit import Slice, Unit
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module taken apart: every part divides evenly into ``groups``."""
+    """An attention module taken apart: every part divides evenly into ``groups``.
+
+    Attributes:
+        path: The module's name in the model.
+        heads: Query heads; each group holds ``heads / groups`` of them, neighbours.
+        groups: Key-value heads, each one unit with its query heads.
+        inputs: Query, key and value projections.
+        biases: Name and size of the biases that the module itself holds.
+        out: The output projection.
+    """
 
     path: str
+    heads: int
     groups: int
     inputs: tuple[LinearMap, ...]
     biases: tuple[tuple[str, int], ...]
@@ -81,8 +91,7 @@ class Heads:
             ValueError: If a module looks like attention but its sizes do not divide into heads.
         """
         lookup = Lookup(model)
-        found = [a for path, m in lookup if (a := _attention(lookup, path, m)) is not None]
-        found = [a for a in found if a.parameters.isdisjoint(taken)]
+        found = [a for a in _found(lookup) if a.parameters.isdisjoint(taken)]
         layers = name_layers([a.path for a in found])
         return [
             Unit(join(layer, f"head.{i}"), "head", layer, attention.head(i))
@@ -106,6 +115,24 @@ class Heads:
             f"unknown names: "
             f"{'; '.join(suspects[:3])}: call register_attention(AttentionPattern(...))"
         )
+
+
+def find_attention(model: nn.Module) -> list[Attention]:
+    """Return every attention module of a model whose projections and head count are recognised.
+
+    Raises:
+        ValueError: If a module looks like attention but its sizes do not divide into heads.
+
+    Example:
+        >>> (attention,) = find_attention(nn.MultiheadAttention(8, 2))
+        >>> attention.heads, attention.out.weight
+        (2, 'out_proj.weight')
+    """
+    return _found(Lookup(model))
+
+
+def _found(lookup: Lookup) -> list[Attention]:
+    return [a for path, m in lookup if (a := _attention(lookup, path, m)) is not None]
 
 
 def _count(names: Sequence[str], holders: Iterable[object]) -> int | None:
@@ -142,7 +169,7 @@ def _attention(lookup: Lookup, path: str, module: nn.Module) -> Attention | None
             for name in lookup.own_parameters(path)
             if name.rpartition(".")[2] in ATTENTION_BIASES
         )
-        return Attention(path, groups, inputs, biases, out)
+        return Attention(path, heads, groups, inputs, biases, out)
     return None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_mat import flops
 from lightning_mat.gate import Gate
 from lightning_mat.gate.linear import linear_rule
+from lightning_mat.gate.plan import everything
 from lightning_mat.gate.rules import Rest
 from lightning_mat.units.core import Partition
 from lightning_mat.units.regions import Block
@@ -71,13 +72,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("skip", ["weights", "units"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("kind", "units"), CASES)
-def test_gradients_of_what_trains_are_the_plain_ones(kind, units, dtype):
+def test_gradients_of_what_trains_are_the_plain_or_the_detached_ones(kind, units, dtype, skip):
     model = layer(kind, dtype)
     x = torch.randn(5, 3, IN, dtype=dtype, requires_grad=True)
     for active in ([False] * len(units), some(len(units)), some(len(units), 3)):
-        gate = check(model, units, active, lambda m: m(x), [x])
+        gate = check(model, units, active, lambda m: m(x), [x], skip=skip)
         assert gate.in_full == ()
         gate.remove()
 
@@ -155,7 +157,7 @@ def test_every_shape_of_input_works_and_gives_the_same_bits(name, dim, needs_gra
 def test_blocks_with_different_columns_are_separate_products():
     model = nn.Linear(IN, OUT).double()
     blocks = (Block(((0, 3), (5, 6)), ((1, 4),)), Block(((10, 30),), ((2, 3), (8, 20))))
-    run = linear_rule(model, {"weight": Rest(model.weight, blocks)})
+    run = linear_rule(model, {"weight": Rest(model.weight, blocks, (everything(model.weight),))})
     assert run is not None
     x = torch.randn(6, IN).double()
     run(x).square().sum().backward()
