@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_mat.engine import MAT
 from lightning_mat.gate.gate import SKIPS
 from lightning_mat.ledger import Ledger
+from lightning_mat.metrics import episode_metrics
 from lightning_mat.mntk.outputs import Forward, Output, check_output
 from lightning_mat.mntk.probe import check_settings
 from lightning_mat.mntk.samples import count_samples
+from lightning_mat.optim.waking import WAKING
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Policy
-from lightning_mat.report.store import Probe, SpectraStore
+from lightning_mat.report.keeper import Keeper
+from lightning_mat.report.store import Probe
 from lightning_mat.sampling import check_loader, draw
+from lightning_mat.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +58,9 @@ class MATCallback(Callback):
         n_samples: S, the samples of a probe, at least 2.
         output: The scalar per sample: ``"sum_logits"``, ``"random"``, ``"loss"`` or a callable
             ``(module, batch) -> [S]``; see :func:`lightning_mat.mntk`.
-        skip: What the backward pass skips: ``"weights"``.
+        skip: What the backward pass skips: ``"weights"``, the weight gradients of resting units,
+            which changes nothing else; or ``"units"``, also the gradients through them, as if their
+            outputs were detached. See :class:`lightning_mat.Gate`.
         protect: Keep at least one unit per layer and kind training. Only without ``policy``.
         dry_run: Measure, decide, log and draw, but let everything train.
         seed: Of the samples that are drawn and of ``output="random"``.
@@ -65,6 +72,22 @@ class MATCallback(Callback):
         probe_data: Where to draw the samples from instead of the training set; its dataset and its
             ``collate_fn`` are used.
         keep_eigenvalues: Keep the full spectra on the disk, not only their extremes.
+        waking: What becomes of the optimizer's state of a unit that wakes: ``"keep"``, ``"reset"``
+            or ``"decay"``; see :class:`lightning_mat.MATOptimizer`.
+        freeze_bn: Whether BatchNorm's running statistics of resting filters stop; see
+            :class:`lightning_mat.Gate`.
+
+    Decisions change between optimizer steps only: while gradients are being accumulated, an episode
+    that is due waits for the step. With manual optimization a batch without a call of
+    ``optimizer.step()`` counts as accumulation; with several optimizers Lightning's
+    ``global_step``, which ``every_n_steps`` refers to, counts the steps of all.
+
+    Probes are appended to ``mat/spectra.npz`` in the folder of the trainer's first logger. With
+    ``Trainer(logger=False)`` nothing is written: ``callback.mat.history`` and checkpoints hold the
+    extremes.
+
+    Parameters that are frozen when the fit starts stay frozen and belong to no unit. Those that are
+    unfrozen later, for instance by Lightning's ``BaseFinetuning``, always train.
 
     Raises:
         ValueError: At construction for a number out of range, at the start of a fit for a model,
@@ -101,25 +124,17 @@ class MATCallback(Callback):
         memory: str | int = "auto",
         probe_data: DataLoader[Any] | None = None,
         keep_eigenvalues: bool = True,
+        waking: str = "keep",
+        freeze_bn: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(n_samples, int) and n_samples < 2:
+        if not isinstance(n_samples, int):
+            raise ValueError(f"n_samples must be a whole number ≥ 2, got {n_samples}")
+        if n_samples < 2:
             raise ValueError(
                 f"n_samples must be ≥ 2, got {n_samples}: an mNTK needs at least two samples"
             )
-        for name, value, least in (
-            ("n_samples", n_samples, 2),
-            ("every_n_epochs", every_n_epochs, 1),
-            ("every_n_steps", 1 if every_n_steps is None else every_n_steps, 1),
-            ("warmup_epochs", warmup_epochs, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number ≥ {least}, got {value}")
-        if every_n_steps is not None and every_n_epochs != 1:
-            raise ValueError(
-                f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are two "
-                "calendars: give one"
-            )
+        self.schedule = Schedule(every_n_epochs, every_n_steps, warmup_epochs)
         if policy is not None and (alpha, beta, protect) != (0.1, 1e-3, True):
             raise ValueError(
                 "alpha, beta and protect belong to the default policy, but policy= is given, too: "
@@ -127,42 +142,37 @@ class MATCallback(Callback):
             )
         if skip not in SKIPS:
             raise ValueError(f"skip must be one of {SKIPS}, got {skip!r}")
+        if waking not in WAKING:
+            raise ValueError(f"waking must be one of {WAKING}, got {waking!r}")
         check_output(output)
         check_settings(precision, memory)
         self.policy: Policy = MATPolicy(alpha, beta, protect=protect) if policy is None else policy
-        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.warmup_epochs, self.n_samples, self.seed = warmup_epochs, n_samples, seed
+        self.n_samples, self.seed = n_samples, seed
         self.dry_run, self.probe_data = dry_run, probe_data
         self.keep_eigenvalues = keep_eigenvalues
-        self._units, self._skip = units, skip
+        self._units = units
         self._engine_options: dict[str, Any] = {
             "output": output,
             "forward": forward,
             "precision": precision,
             "memory": memory,
+            "skip": skip,
+            "waking": waking,
+            "freeze_bn": freeze_bn,
         }
         self.mat: MAT | None = None
         """The engine, from the start of a fit on."""
         self._restored: dict[str, Any] | None = None
-        self._store: SpectraStore | None = None
+        self._keeper = Keeper(None)
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
-        self._decided_at = -1
+        self._step_before = 0
 
     # ---- when to probe ---------------------------------------------------------------------
 
     def should_probe(self, trainer: pl.Trainer, batch_idx: int) -> bool:
         """Return whether an episode begins before this batch; override it for another calendar."""
-        if trainer.current_epoch < self.warmup_epochs or self._decided_at == trainer.global_step:
-            return False
-        if self.every_n_steps is not None:
-            begun = max(self._decided_at, 0)
-            first = self._decided_at < 0
-            return first or trainer.global_step - begun >= self.every_n_steps
-        return (
-            batch_idx == 0
-            and (trainer.current_epoch - self.warmup_epochs) % self.every_n_epochs == 0
-        )
+        return self.schedule.is_due(trainer.current_epoch, trainer.global_step, batch_idx)
 
     # ---- the calendar ----------------------------------------------------------------------
 
@@ -170,7 +180,8 @@ class MATCallback(Callback):
         """Check that this run can be trained with MAT, and begin anew."""
         if stage != "fit":
             return
-        self._ledger, self._decided_at, self._restored = Ledger(), -1, None
+        self._ledger, self._restored = Ledger(), None
+        self.schedule.begin()
         if self.mat is not None:
             for optimizer in self.mat.optimizers:
                 optimizer.unwrap()
@@ -179,12 +190,6 @@ class MATCallback(Callback):
             raise ValueError(
                 f"the trainer has {len(others)} MATCallbacks, but only one can decide which units "
                 "train: keep one"
-            )
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{type(pl_module).__name__} uses manual optimization, where MATCallback cannot "
-                "tell when a step begins: use automatic optimization, or lightning_mat.MAT in your "
-                "own loop"
             )
         if trainer.world_size > 1:
             raise ValueError(
@@ -199,14 +204,13 @@ class MATCallback(Callback):
             trainer.optimizers,
             self._units,
             self.policy,
-            skip=self._skip,
             dry_run=self.dry_run,
             seed=self.seed,
             **self._engine_options,
         )
         if isinstance(self.policy, MATPolicy):
             self.policy.check_kinds(self.mat.part.kinds)
-        if getattr(self.policy, "budget", None) is not None and not self.warmup_epochs:
+        if getattr(self.policy, "budget", None) is not None and not self.schedule.warmup_epochs:
             raise ValueError(
                 "a policy with a budget needs the cost of a full step, which is counted in the "
                 "warm-up: set warmup_epochs to at least 1"
@@ -214,6 +218,11 @@ class MATCallback(Callback):
         trainer.strategy.optimizers = list(self.mat.optimizers)
         self._restore()
         log.info("MAT trains these units adaptively:\n%s", self.mat.part.describe())
+        if frozen := self.mat.part.frozen:
+            rank_zero_info(
+                f"MAT: {len(frozen)} parameters are frozen (first {frozen[0]!r}): they belong to "
+                "no unit and stay as they are"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the data, and take up a restored run's decision."""
@@ -223,13 +232,9 @@ class MATCallback(Callback):
         if self.policy.needs_spectra:
             mat.prepare(self._samples_for_probe(trainer))
         self._ledger.recount()
-        folder = trainer.log_dir or trainer.default_root_dir
-        path = Path(folder) / "mat" / "spectra.npz"
-        self._store = SpectraStore(path, keep_eigenvalues=self.keep_eigenvalues)
-        if trainer.global_step:
-            self._try_to_write(lambda store: store.truncate(trainer.global_step))
-        elif trainer.is_global_zero and path.exists():
-            self._try_to_write(lambda store: _move_aside(store.path.parent))
+        self._keeper = Keeper(run_folder(trainer), keep_eigenvalues=self.keep_eigenvalues)
+        if trainer.is_global_zero:
+            self._keeper.begin(trainer.global_step)
 
     def on_train_batch_start(
         self,
@@ -239,9 +244,16 @@ class MATCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Begin an episode where one is due; count the FLOPs of its first step."""
-        if self.should_probe(trainer, batch_idx):
+        if self.schedule.ready(self.should_probe(trainer, batch_idx)):
             self._begin_episode(trainer, pl_module, batch)
+        self._step_before = trainer.global_step
         self._ledger.begin()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a gradient scaler find a gradient in every optimizer."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            for optimizer in self._mat().optimizers:
+                optimizer.ensure_gradient()
 
     def on_train_batch_end(
         self,
@@ -252,6 +264,7 @@ class MATCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Account for the step."""
+        self.schedule.end_batch(stepped=trainer.global_step != self._step_before)
         mat = self._mat()
         samples = _samples(batch)
         share = float(mat.active.double().mean())
@@ -264,7 +277,7 @@ class MATCallback(Callback):
                 "step_flops": per_sample * samples,
                 "full_step_flops": mat.full_cost * samples,
             }
-            self._log(trainer, counted, max(self._decided_at, 0))
+            self._log(trainer, counted, max(self.schedule.decided_at, 0))
         pl_module.log("trained", share, prog_bar=True, logger=False, batch_size=samples)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -274,8 +287,8 @@ class MATCallback(Callback):
             warnings.warn(
                 f"MAT never measured: training ended after {trainer.current_epoch} epochs and "
                 f"{trainer.global_step} steps, before its first episode (warmup_epochs="
-                f"{self.warmup_epochs}). Lower warmup_epochs, and set every_n_steps if an epoch "
-                "is long",
+                f"{self.schedule.warmup_epochs}). Lower warmup_epochs, and set every_n_steps if an "
+                "epoch is long",
                 stacklevel=2,
             )
 
@@ -302,7 +315,7 @@ class MATCallback(Callback):
             return self._loaded
         return {
             "mat": self.mat.state_dict(),
-            "decided_at": self._decided_at,
+            "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
         }
 
@@ -312,7 +325,8 @@ class MATCallback(Callback):
         if not state_dict:
             return
         self._restored = state_dict["mat"]
-        self._decided_at = int(state_dict["decided_at"])
+        # Earlier checkpoints have the schedule's entries at the top.
+        self.schedule.load_state_dict(state_dict.get("schedule", state_dict))
         self._ledger.load_state_dict(state_dict["ledger"])
 
     def summary(self) -> dict[str, float | int]:
@@ -366,13 +380,15 @@ class MATCallback(Callback):
         mat.probe.step_samples = _samples(batch)
         samples = self._samples_for_probe(trainer) if self.policy.needs_spectra else None
         decision = mat.update(samples, step=trainer.global_step, epoch=trainer.current_epoch)
-        self._decided_at = trainer.global_step
+        self.schedule.decided(trainer.global_step)
         if not torch.equal(before.active, decision.active):
             self._ledger.recount()
         seconds = mat.probe_seconds - spent
-        self._log(trainer, _metrics(mat, seconds), trainer.global_step)
-        if mat.probes > probes and decision is not before:
-            self._keep(mat, seconds, trainer)
+        self._log(trainer, episode_metrics(mat, seconds), trainer.global_step)
+        measured = mat.probes > probes and decision is not before
+        if measured and mat.spectra is not None and trainer.is_global_zero:
+            step, epoch = trainer.global_step, trainer.current_epoch
+            self._keeper.append(Probe(mat.spectra, decision, mat.table(), step, epoch, seconds))
         for line in decision.summary().splitlines():
             rank_zero_info(f"MAT at step {trainer.global_step}: {line}")
 
@@ -383,28 +399,6 @@ class MATCallback(Callback):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch)
-
-    def _keep(self, mat: MAT, seconds: float, trainer: pl.Trainer) -> None:
-        """Append the probe to the run's file."""
-        if mat.spectra is None or not trainer.is_global_zero:
-            return
-        step, epoch = trainer.global_step, trainer.current_epoch
-        probe = Probe(mat.spectra, mat.decision, mat.table(), step, epoch, seconds)
-        self._try_to_write(lambda store: store.append(probe))
-
-    def _try_to_write(self, write: Callable[[SpectraStore], None]) -> None:
-        """Write the run's file; a full disk costs one warning, not the run."""
-        if self._store is None:
-            return
-        try:
-            write(self._store)
-        except (OSError, ValueError) as error:
-            warnings.warn(
-                f"cannot write the spectra to {self._store.path} ({error}): training goes on "
-                "without them",
-                stacklevel=2,
-            )
-            self._store = None
 
     def _log(self, trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
         for logger in trainer.loggers:
@@ -417,12 +411,20 @@ class MATCallback(Callback):
             self.mat.close()
 
 
-def _move_aside(folder: Path) -> None:
-    """Rename an earlier run's folder, so that a new run neither mixes with it nor loses it."""
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.{number}"))
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """Return the folder of a run, where its probes are kept; None for a run without a logger.
+
+    It is the first logger's folder: its ``log_dir``, or, like Lightning's checkpoints, ``name`` and
+    ``version`` below its ``save_dir`` where it has no folder of its own (Weights & Biases). Without
+    a logger, runs would pile up in one folder that nobody asked for.
+    """
+    if not trainer.loggers:
+        return None
+    folder, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.loggers[0]
+    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return folder
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return folder / str(logger.name) / version
 
 
 def _samples(batch: Any) -> int:
@@ -431,20 +433,3 @@ def _samples(batch: Any) -> int:
         return max(count_samples(batch), 1)
     except ValueError:
         return 1
-
-
-def _metrics(mat: MAT, seconds: float) -> dict[str, float]:
-    """Return what is logged at the beginning of an episode."""
-    metrics = {"trained_share": float(mat.active.double().mean()), "probe_seconds": seconds}
-    for kind, (trained, total) in mat.decision.by_kind().items():
-        metrics[f"{kind}/trained"] = trained
-        metrics[f"{kind}/units"] = total
-        if mat.spectra is not None:
-            chosen = torch.tensor([k == kind for k in mat.part.kinds])
-            values = mat.spectra.lambda_max[chosen]
-            for percent in (0, 25, 50, 75, 100):
-                quantile = torch.nanquantile(values, percent / 100)
-                metrics[f"{kind}/lambda_max_q{percent}"] = float(quantile)
-    for kind, threshold in mat.decision.thresholds.items():
-        metrics[f"{kind}/threshold"] = threshold
-    return metrics

@@ -34,7 +34,8 @@ class MAT:
         optimizers: Its optimizer or optimizers; wrapped, see :attr:`optimizers`.
         units: A :class:`Partition`, or what :func:`lightning_mat.partition` takes.
         policy: Who trains next; the paper's by default.
-        skip: What the backward pass skips: ``"weights"``.
+        skip: What the backward pass skips, see :class:`lightning_mat.Gate`: ``"weights"`` or
+            ``"units"``.
         output: The scalar per sample that is differentiated, see :func:`lightning_mat.mntk`.
         forward: ``(model, batch) -> logits``, see :func:`lightning_mat.mntk`.
         precision: Of the probe.
@@ -43,6 +44,13 @@ class MAT:
         step_samples: Samples of a training step on this device, for ``memory="auto"``.
         dry_run: Measure and decide, but let everything train.
         seed: Of ``output="random"``.
+        waking: What becomes of the optimizers' state of a unit that wakes: ``"keep"``, ``"reset"``
+            or ``"decay"``, see :class:`lightning_mat.MATOptimizer`.
+        freeze_bn: Whether BatchNorm's running statistics of resting filters stop, see
+            :class:`lightning_mat.Gate`.
+
+    Parameters that are frozen (``requires_grad=False``) when the units are found belong to none and
+    stay frozen; nothing here ever sets ``requires_grad``. Unfrozen later, they always train.
 
     Attributes:
         part: The partition.
@@ -83,6 +91,8 @@ class MAT:
         step_samples: int | None = None,
         dry_run: bool = False,
         seed: int = 0,
+        waking: str = "keep",
+        freeze_bn: bool = False,
     ) -> None:
         self.model = model
         self.part = units if isinstance(units, Partition) else partition(model, units)
@@ -99,9 +109,12 @@ class MAT:
             step_samples=step_samples,
             seed=seed,
         )
+        # Before the optimizers are wrapped: it may refuse.
+        self.gate = Gate(model, self.part, skip=skip, freeze_bn=freeze_bn)
         given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self.optimizers: list[MATOptimizer] = [MATOptimizer(o, model, self.part) for o in given]
-        self.gate = Gate(model, self.part, skip=skip)
+        self.optimizers: list[MATOptimizer] = [
+            MATOptimizer(o, model, self.part, waking) for o in given
+        ]
         self.history = History()
         self.spectra: Spectra | None = None
         self.decision = self._everything()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from examples.data.loader import EpochSampler, ResumableLoader
+from lightning_mat import MATCallback
 
 
 class Small(pl.LightningModule):
@@ -81,3 +82,33 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
 
 def weights(module: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
+
+
+def mat(**options: Any) -> MATCallback:
+    """Return a callback over layers that rests some of them."""
+    defaults = {"units": "layers", "n_samples": 8} | (
+        {} if "policy" in options else {"alpha": "auto"}
+    )
+    return MATCallback(**(defaults | options))
+
+
+class Watch(pl.Callback):
+    """Notes which units train in every step, and whether the optimizer moved the others."""
+
+    def __init__(self, callback: MATCallback) -> None:
+        self.callback = callback
+        self.active: list[list[bool]] = []
+        self.moved: list[list[bool]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        self.before = weights(module)
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        assert self.callback.mat is not None
+        self.active.append(self.callback.mat.active.tolist())
+        after = weights(module)
+        self.moved.append(
+            [not torch.equal(a, b) for a, b in zip(self.before, after, strict=True)][::2]
+        )

@@ -18,36 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mat import MAT, MATCallback, policies
 from lightning_mat.report.store import SpectraStore, read
-from tests.lightning_models import Points, Small, data, model, trainer, weights
-
-AUTO: dict[str, Any] = {"alpha": "auto"}
-
-
-def mat(**options: Any) -> MATCallback:
-    defaults = {"units": "layers", "n_samples": 8} | ({} if "policy" in options else AUTO)
-    return MATCallback(**(defaults | options))
-
-
-class Watch(pl.Callback):
-    """Notes which units train in every step, and whether the optimizer moved the others."""
-
-    def __init__(self, callback: MATCallback) -> None:
-        self.callback = callback
-        self.active: list[list[bool]] = []
-        self.moved: list[list[bool]] = []
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        self.before = weights(module)
-
-    def on_train_batch_end(
-        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
-    ) -> None:
-        assert self.callback.mat is not None
-        self.active.append(self.callback.mat.active.tolist())
-        after = weights(module)
-        self.moved.append(
-            [not torch.equal(a, b) for a, b in zip(self.before, after, strict=True)][::2]
-        )
+from tests.lightning_models import Points, Small, Watch, data, mat, model, trainer, weights
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -283,14 +254,6 @@ class Stream(IterableDataset[Any]):
         return iter([Points(8)[i] for i in range(8)])
 
 
-class Manual(Small):
-    """Manual optimization."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Muonic(Small):
     """An optimizer that works on whole matrices."""
 
@@ -346,7 +309,6 @@ def test_bad_arguments_are_named_at_the_start(
 @pytest.mark.parametrize(
     ("module", "loader", "message"),
     [
-        (Manual, data, "manual optimization"),
         (Muonic, data, "LBFGS"),
         (Small, lambda: DataLoader(Stream(), batch_size=8), "Stream has no length or no index"),
         (Small, lambda: {"a": data(), "b": data()}, "not one DataLoader"),
@@ -466,9 +428,9 @@ def test_the_full_cost_is_known_without_a_warm_up(tmp_path: Path) -> None:
 
 
 def test_an_earlier_runs_file_is_moved_aside(tmp_path: Path) -> None:
-    trainer(tmp_path, mat(), logger=False).fit(model(), data())
+    trainer(tmp_path, mat()).fit(model(), data())
     other = model(width=8)
-    trainer(tmp_path, mat(warmup_epochs=2), logger=False).fit(other, data())
+    trainer(tmp_path, mat(warmup_epochs=2)).fit(other, data())
     assert read(tmp_path / "mat/spectra.npz").step.tolist() == [12, 18]
     assert read(tmp_path / "mat.1/spectra.npz").step.tolist() == [6, 12, 18]
 

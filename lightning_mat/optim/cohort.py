@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mat.optim.pieces import pieces_of
-from lightning_mat.optim.slabs import History, Slab, boxes_of, history_of, is_elementwise
+from lightning_mat.optim import pieces
+from lightning_mat.optim.pieces import divide
+from lightning_mat.optim.pool import Pool, Room
+from lightning_mat.optim.slabs import Box, History, Slab, boxes_of, history_of, is_elementwise
+from lightning_mat.units.unit import Rect, matrix_shape
+
+# So few pools have memory of their own: it is little, and their groups would cost calls.
+FEW_POOLS = 8
 
 
 class Cohort:
-    """Slabs that are stepped with one step count, as few pieces.
+    """Slabs that are stepped with one step count: large boxes in place, the others in a pool.
 
     Args:
         param: The parameter.
@@ -21,7 +28,13 @@ class Cohort:
         members: Indices of the slabs in the cohort.
         history: What their state has in common.
         state: The parameter's optimizer state, read only.
-        list_kernels: See :func:`~lightning_mat.optim.pieces.pieces_of`.
+        fused: See :func:`~lightning_mat.optim.pieces.divide`.
+        in_place: Whether small boxes, too, are stepped in place.
+
+    Attributes:
+        pieces: The large boxes.
+        boxes: What is for a pool.
+        pools: The pools; none before they are made, or if the parameter has no gradient.
     """
 
     def __init__(
@@ -32,19 +45,25 @@ class Cohort:
         history: History,
         state: dict[str, Any],
         *,
-        list_kernels: bool,
+        fused: bool,
+        in_place: bool = False,
     ) -> None:
-        """Cut the pieces and their state."""
+        """Divide the boxes, and find the state of the large ones."""
         scalars = dict(history)
         known = {key: value for key, value in state.items() if key in scalars}
         elementwise = [value for value in known.values() if is_elementwise(value, param.shape)]
         boxes = boxes_of([rect for i in members for rect in slabs[i].rects], param.shape)
+        self.param = param
         self.members = members
-        self.pieces = pieces_of(boxes, [param.detach(), *elementwise], list_kernels=list_kernels)
+        below = 0 if in_place else pieces.PACK_BELOW
+        tensors = [param.detach(), *elementwise]
+        self.pieces, self.boxes = divide(boxes, tensors, below=below, fused=fused)
+        self.pools: list[Pool] = []
+        self._history = history
         for piece in self.pieces:
             for key, value in known.items():
                 if is_elementwise(value, param.shape):
-                    piece.state[key] = piece.take(value)
+                    piece.state[key] = value[piece.box]
                 elif isinstance(value, Tensor):
                     piece.state[key] = torch.full_like(value, scalars[key])
                 else:
@@ -53,19 +72,90 @@ class Cohort:
     @property
     def history(self) -> History:
         """What the state of the slabs has in common now."""
-        first = self.pieces[0]
-        return history_of(first.state, first.shape)
+        if self.pieces:
+            return history_of(self.pieces[0].state, self.pieces[0].shape)
+        return self.pools[0].history if self.pools else self._history
 
-    def settle(self, param: Tensor, state: dict[str, Any]) -> None:
+    def settle(self, state: dict[str, Any]) -> None:
         """Write the pieces' state into the parameter's; scalars only where there is none yet."""
         for piece in self.pieces:
             for key, value in piece.state.items():
                 if is_elementwise(value, piece.shape):
                     if state.get(key) is None:
-                        state[key] = torch.zeros_like(param, dtype=value.dtype, device=value.device)
+                        state[key] = torch.zeros_like(
+                            self.param, dtype=value.dtype, device=value.device
+                        )
                     piece.put(state[key], value)
                 elif value is not None:
                     state.setdefault(key, value)
+
+
+def pools_of(
+    cohorts: Sequence[Cohort], states: Mapping[Tensor, dict[str, Any]], *, share_room: bool
+) -> list[Pool]:
+    """Pool what cohorts of one parameter group have for it, and return the pools.
+
+    Args:
+        cohorts: The cohorts.
+        states: Of the parameters, read only.
+        share_room: Whether the pools are stepped one after the other.
+    """
+    alike: dict[tuple[object, ...], list[Cohort]] = {}
+    for cohort in cohorts:
+        if cohort.boxes:
+            key = (cohort.history, cohort.param.dtype, cohort.param.device)
+            alike.setdefault(key, []).append(cohort)
+    pools: list[Pool] = []
+    chunks = [(together, parts) for together in alike.values() for parts in _in_chunks(together)]
+    room = None
+    if share_room and len(chunks) > FEW_POOLS:
+        room = Room(max(map(_numel, (parts for _, parts in chunks))))
+    for together, parts in chunks:
+        known = [states.get(cohort.param, {}) for cohort, _ in parts]
+        members = [(cohort.param, boxes) for cohort, boxes in parts]
+        pools.append(Pool(members, together[0].history, known, room))
+        for cohort, _ in parts:
+            cohort.pools.append(pools[-1])
+    return pools
+
+
+def _numel(parts: Sequence[tuple[Cohort, Sequence[Box]]]) -> int:
+    return sum(cohort.param[box].numel() for cohort, boxes in parts for box in boxes)
+
+
+def _in_chunks(cohorts: Sequence[Cohort]) -> list[list[tuple[Cohort, list[Box]]]]:
+    """Divide what cohorts have for a pool into chunks, see :func:`pieces.chunk_of`."""
+    chunks: list[list[tuple[Cohort, list[Box]]]] = []
+    room = 0
+    on_cpu = cohorts[0].param.device.type == "cpu"
+    chunk = pieces.chunk_of(cohorts[0].param) if on_cpu else sys.maxsize
+    for cohort in cohorts:
+        values = cohort.param.detach()
+        for box in cohort.boxes:
+            for part in pieces.cut(box, values, chunk):
+                numel = values[part].numel()
+                if not chunks or numel > room:
+                    chunks.append([])
+                    room = chunk
+                if not chunks[-1] or chunks[-1][-1][0] is not cohort:
+                    chunks[-1].append((cohort, []))
+                chunks[-1][-1][1].append(part)
+                room -= numel
+    return chunks
+
+
+def whole_in_chunks(param: Tensor, state: dict[str, Any]) -> Cohort | None:
+    """Return a large parameter that trains whole as a cohort of chunks; None for a smaller one.
+
+    See :func:`~lightning_mat.optim.pieces.chunk_of` for what that saves.
+    """
+    if type(param.data) is not Tensor or param.numel() < 2 * pieces.chunk_of(param):
+        return None
+    height, width = matrix_shape(param.shape)
+    slab = Slab(None, (Rect(0, height, 0, width),))
+    return Cohort(
+        param, [slab], [0], history_of(state, param.shape), state, fused=False, in_place=True
+    )
 
 
 def settle_scalars(shape: torch.Size, state: dict[str, Any], history: History) -> None:

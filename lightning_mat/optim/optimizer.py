@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import (
     ASGD,
@@ -25,6 +25,7 @@ from torch.optim import (
 
 from lightning_mat.optim.slabs import pack_histories, unpack_histories
 from lightning_mat.optim.slicer import Slicer
+from lightning_mat.optim.waking import steps_like
 from lightning_mat.units.core import Partition
 
 _ELEMENTWISE: list[type[Optimizer]] = [
@@ -44,8 +45,7 @@ class MATOptimizer(Optimizer):
     groups, its state and its hooks; learning-rate schedulers, ``GradScaler`` and Lightning work on
     this object and on the one inside alike. Attributes that are not listed here are the inner
     optimizer's. State that is read through :attr:`state` or :meth:`state_dict` is up to date;
-    parameters of which units own short runs of rows (convolution filters) keep a copy of the
-    training part's state between such reads.
+    small training parts (filters, biases, heads) keep a copy of their state between such reads.
 
     Args:
         inner: An optimizer whose update is elementwise: SGD, Adam, AdamW, Adadelta, Adagrad,
@@ -53,11 +53,17 @@ class MATOptimizer(Optimizer):
             :meth:`register_elementwise`. It may hold only some of the model's parameters.
         model: The model whose parameters the partition names.
         part: The units.
+        waking: What becomes of the state (moments, step count) of a unit that wakes: ``"keep"``,
+            it goes on where it stopped; ``"reset"``, it starts anew; ``"decay"`` (SGD, Adam and
+            AdamW), old gradients count as little as if the steps of the rest had been made with
+            gradients of zero, but bias corrections stay right. :mod:`lightning_mat.optim.waking`
+            has the formulas and the reasons.
 
     Raises:
         TypeError: If the update of ``inner`` is not known to be elementwise, or it is wrapped
             already.
-        ValueError: If the partition was made for another model, or ``inner`` is differentiable.
+        ValueError: If the partition was made for another model, ``inner`` is differentiable, or
+            ``waking`` is unknown, also for this optimizer.
 
     Example:
         >>> import torch
@@ -77,7 +83,9 @@ class MATOptimizer(Optimizer):
     # GradScaler then unscales the gradients first, also where the inner optimizer is fused.
     _step_supports_amp_scaling = False
 
-    def __init__(self, inner: Optimizer, model: nn.Module, part: Partition) -> None:
+    def __init__(
+        self, inner: Optimizer, model: nn.Module, part: Partition, waking: str = "keep"
+    ) -> None:
         """Check the optimizer against model and partition, and hook into it."""
         # The base class's __init__ is not called: groups, state and hooks are the inner's.
         _check_inner(inner)
@@ -92,7 +100,8 @@ class MATOptimizer(Optimizer):
         # Nothing mutable here: Lightning's wrapper calls these methods on an object of its own.
         self.inner = inner
         self.part = part
-        self._slicer = Slicer(inner, model, part)
+        self.waking = waking
+        self._slicer = Slicer(inner, model, part, waking)
 
     @classmethod
     def register_elementwise(cls, optimizer: type[Optimizer]) -> type[Optimizer]:
@@ -141,6 +150,21 @@ class MATOptimizer(Optimizer):
         """Reset the gradients of all parameters, of resting units too."""
         self.inner.zero_grad(set_to_none)
 
+    def ensure_gradient(self) -> None:
+        """Give one resting parameter a gradient of zeros where no parameter has a gradient.
+
+        Call it between the backward pass and ``GradScaler.step``, which raises "No inf checks were
+        recorded" for an optimizer without a single gradient: one of several whose units all rest.
+        The parameter is not stepped.
+        """
+        params = [param for group in self.inner.param_groups for param in group["params"]]
+        if any(param.grad is not None for param in params):
+            return
+        resting = [param for param in params if self._slicer.rests_whole(param)]
+        if resting:
+            smallest = min(resting, key=Tensor.numel)
+            smallest.grad = torch.zeros_like(smallest)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; units that own parts of its parameters are known already."""
         self.inner.add_param_group(param_group)
@@ -150,7 +174,8 @@ class MATOptimizer(Optimizer):
 
         The state has the layout of the inner optimizer, with a whole tensor for each parameter and
         the step count of its most-trained slab, and plain ``torch.optim`` loads it. ``"mat"`` holds
-        for each parameter whose slabs differ their rectangles and step counts, in tensors.
+        for each parameter whose slabs differ their rectangles and step counts, in tensors. Unless
+        ``waking="keep"``, ``"mat_rested"`` holds for how many steps which units have rested.
         """
         state = self.inner.state_dict()
         slicer = self._slicer
@@ -158,6 +183,8 @@ class MATOptimizer(Optimizer):
             slicer.names[param]: pack_histories(slicer.slabs[param], histories)
             for param, histories in slicer.histories.items()
         }
+        if self.waking != "keep":
+            state["mat_rested"] = slicer.rests.state(self.part.names)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,6 +211,7 @@ class MATOptimizer(Optimizer):
             histories[param] = loaded
         self.inner.load_state_dict(state_dict)
         slicer.histories = histories
+        slicer.rests.load(self.part.names, state_dict.get("mat_rested", {}))
 
     def unwrap(self) -> Optimizer:
         """Return the inner optimizer as an ordinary one, its state up to date."""
@@ -197,9 +225,14 @@ class MATOptimizer(Optimizer):
         return self.inner.state
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The inner optimizer's parameter groups."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's parameter groups; a list that is set becomes the inner's."""
         return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._slicer.settle()
+        self.inner.param_groups = groups
 
     def __getattr__(self, name: str) -> Any:
         """Return the inner optimizer's attribute."""
@@ -209,7 +242,7 @@ class MATOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle or copy with the inner optimizer; hooks are left out, as in ``torch.optim``."""
-        return {"inner": self.inner, "part": self.part, "_slicer": self._slicer}
+        return {key: self.__dict__[key] for key in ("inner", "part", "waking", "_slicer")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Restore."""
@@ -228,10 +261,7 @@ def _check_inner(inner: Optimizer) -> None:
             f"this {name} is in a MATOptimizer already: use that one, or unwrap() it first"
         )
     # A subclass is as elementwise as its base where it does not bring its own step.
-    step = inspect.unwrap(type(inner).step)
-    if not any(
-        isinstance(inner, known) and step is inspect.unwrap(known.step) for known in _ELEMENTWISE
-    ):
+    if not any(steps_like(inner, known) for known in _ELEMENTWISE):
         supported = ", ".join(known.__name__ for known in _ELEMENTWISE)
         raise TypeError(
             f"the update of {name} is not known to be elementwise, so that no part of a parameter "

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
-from lightning_mat.optim.cohort import Cohort, settle_scalars
-from lightning_mat.optim.pieces import Piece
+from lightning_mat.optim.cohort import Cohort, settle_scalars, whole_in_chunks
+from lightning_mat.optim.loading import LoadingGroups
+from lightning_mat.optim.pieces import Piece, View, batches_of
+from lightning_mat.optim.plan import GroupPlan
+from lightning_mat.optim.pool import Pool
 from lightning_mat.optim.slabs import History, Slab, history_of, latest, slabs_of
+from lightning_mat.optim.waking import Rests, change_of, steps_like, wake
 from lightning_mat.units.core import Partition
-
-
-@dataclass
-class GroupPlan:
-    """What one parameter group steps: whole parameters, and cohorts of sliced ones."""
-
-    size: int
-    whole: list[Tensor] = field(default_factory=list)
-    sliced: list[tuple[Tensor, list[Cohort]]] = field(default_factory=list)
 
 
 class Slicer:
     """Makes every step of an optimizer a step of the slabs that train.
 
     While the optimizer steps, its parameter groups hold, in place of each sliced parameter,
-    *pieces* of it: views of runs of training slabs with equal histories (or packed copies, where
-    views would be slow or unsafe). The optimizer's own code does the arithmetic. Between steps the
+    *pieces* of it: views of runs of training slabs with equal histories, or pools of copies where
+    views would be slow or unsafe. The optimizer's own code does the arithmetic. Between steps the
     groups hold the parameters. What the optimizer learnt about pieces (moments, step counts) goes
     to the parameters' own state whenever somebody looks, through :meth:`settle`.
 
@@ -38,10 +34,14 @@ class Slicer:
         inner: The optimizer.
         model: The model whose parameters the partition names.
         part: The units.
+        waking: See :mod:`lightning_mat.optim.waking`.
     """
 
-    def __init__(self, inner: Optimizer, model: nn.Module, part: Partition) -> None:
+    def __init__(
+        self, inner: Optimizer, model: nn.Module, part: Partition, waking: str = "keep"
+    ) -> None:
         """Find the slabs, and hook into the optimizer."""
+        self._change_of = change_of(waking, inner)
         params = dict(model.named_parameters())
         self.inner = inner
         self.part = part
@@ -52,10 +52,13 @@ class Slicer:
         }
         # Only for parameters whose slabs differ; the others' slabs all follow inner.state.
         self.histories: dict[Tensor, list[History]] = {}
+        self.rests = Rests()
         self._plan: list[GroupPlan] | None = None
         self._vanilla = True
+        self._groups: list[dict[str, Any]] = []
         self._shown: list[list[Tensor]] | None = None
-        self._stepping: list[tuple[Tensor, Piece, Tensor, bool]] = []
+        self._stepping: list[tuple[Tensor | None, Piece, Tensor, bool]] = []
+        self._loaded: list[Pool] = []
         self._attach()
 
     def _attach(self) -> None:
@@ -83,14 +86,12 @@ class Slicer:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without plan and hooks."""
         self.settle()
-        return {
-            key: self.__dict__[key]
-            for key in ("inner", "part", "active", "names", "slabs", "histories")
-        }
+        kept = ("inner", "part", "active", "names", "slabs", "histories", "rests", "_change_of")
+        return {key: self.__dict__[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and hook into the restored optimizer."""
-        self.__dict__.update(state, _plan=None, _shown=None, _stepping=[])
+        self.__dict__.update(state, _plan=None, _groups=[], _shown=None, _stepping=[], _loaded=[])
         self._attach()
 
     def apply(self, active: Sequence[bool]) -> None:
@@ -99,10 +100,36 @@ class Slicer:
             self.settle()
             self.active = list(active)
 
+    def rests_whole(self, param: Tensor) -> bool:
+        """Return whether no element of a parameter trains."""
+        slabs = self.slabs.get(param, ())
+        return bool(slabs) and not any(s.unit is None or self.active[s.unit] for s in slabs)
+
     def forget(self) -> None:
         """Drop plan and histories: every slab takes its parameter's state."""
         self._plan = None
         self.histories = {}
+        self.rests = Rests()
+
+    # Waking
+
+    def _wake(self) -> None:
+        """Change the state of the units that are about to make their first step after a rest."""
+        rested = self.rests.turn(self.active)
+        if self._change_of is None or not rested:
+            return
+        for group in self.inner.param_groups:
+            for param in group["params"]:
+                state = self.inner.state.get(param)
+                if param not in self.slabs or not state:
+                    continue
+                histories = list(self._histories_of(param))
+                step = partial(self._change_of, group)
+                if wake(param, state, self.slabs[param], histories, rested, step):
+                    self.histories[param] = histories
+                    settle_scalars(param.shape, state, latest(histories))
+                else:
+                    self.histories.pop(param, None)
 
     # Planning
 
@@ -142,7 +169,7 @@ class Slicer:
                 members,
                 history,
                 self.inner.state.get(param, {}),
-                list_kernels=fused or param.device.type != "cpu",
+                fused=fused,
             )
             for history, members in alike.items()
         ]
@@ -158,17 +185,34 @@ class Slicer:
                 plan.sliced.append((param, cohorts))
         return plan
 
+    def _cut_whole(self, group: dict[str, Any], plan: GroupPlan) -> None:
+        """Step large parameters that train whole in chunks; see :func:`chunk_of`."""
+        adam = steps_like(self.inner, Adam) or steps_like(self.inner, AdamW)
+        if group.get("fused") or not adam:  # others may get sparse gradients
+            return
+        whole, plan.whole = plan.whole, []
+        for param in whole:
+            cohort = whole_in_chunks(param, self.inner.state.get(param, {}))
+            if cohort is None:
+                plan.whole.append(param)
+                continue
+            plan.sliced.append((param, [cohort]))
+
     @torch.no_grad()
     def _planned(self) -> list[GroupPlan]:
         groups = self.inner.param_groups
         sizes = [len(group["params"]) for group in groups]
         if self._plan is None or sizes != [plan.size for plan in self._plan]:
             self.settle()
+            self._wake()
             self._plan = [self._plan_group(group) for group in groups]
             self._vanilla = all(
                 len(plan.whole) == plan.size and not self._fresh(group, plan.whole)
                 for group, plan in zip(groups, self._plan, strict=True)
             )
+            if not self._vanilla:
+                for group, plan in zip(groups, self._plan, strict=True):
+                    self._cut_whole(group, plan)
         return self._plan
 
     # Stepping
@@ -193,43 +237,84 @@ class Slicer:
 
     def _after_step(self, *_: object) -> None:
         self.restore()
+        self.rests.count()
+
+    def _pooled(self) -> list[GroupPlan]:
+        """Return the plan with pools of what has a gradient in this step."""
+        plans = self._planned()
+        if any(p.pools is not None and p.pooled_with != p.with_gradient() for p in plans):
+            self.settle()  # what has no gradient falls behind the others in its pool
+            plans = self._planned()
+        for group, plan in zip(self.inner.param_groups, plans, strict=True):
+            if plan.pools is None:
+                plan.make_pools(self.inner.state, share_room=self._one_by_one(group))
+        return plans
 
     @torch.no_grad()
     def _show(self) -> None:
         """Put the pieces where the optimizer looks for parameters."""
-        plans = self._planned()
-        groups = self.inner.param_groups
+        plans = self._pooled()
+        groups = self._groups = self.inner.param_groups
         self._shown = [group["params"] for group in groups]
+        alone: list[tuple[Pool, dict[str, Any]]] = []
         for group, plan in zip(list(groups), plans, strict=True):
             tensors = list(plan.whole)
             for param, cohorts in plan.sliced:
                 if param.grad is not None:
-                    tensors += self._pieces_with_gradients(param, param.grad, cohorts)
+                    tensors += self._views_with_gradients(param, param.grad, cohorts)
+            for pool in plan.pools or ():
+                tensor = self._enter(None, [pool.piece], [pool.tensor()])
+                if pool.shares_room:
+                    alone.append((pool, {**group, "params": tensor}))
+                    continue
+                pool.load()
+                self._loaded.append(pool)
+                tensors += tensor
             fresh = self._fresh(group, tensors)
             if fresh:
                 known = set(fresh)
                 tensors = [t for t in tensors if t not in known]
                 groups.append({**group, "params": fresh})
-            group["params"] = tensors
+            first, *others = batches_of(tensors) if group.get("foreach") else [tensors]
+            group["params"] = first
+            groups += [{**group, "params": batch} for batch in others]
+        if alone:
+            pools = {len(groups) + i: pool for i, (pool, _) in enumerate(alone)}
+            every = [*groups, *(group for _, group in alone)]
+            self.inner.param_groups = LoadingGroups(every, pools)
 
-    def _pieces_with_gradients(
+    def _views_with_gradients(
         self, param: Tensor, grad: Tensor, cohorts: list[Cohort]
     ) -> list[Tensor]:
         if grad.layout is not torch.strided:
+            if param not in self.slabs:
+                return [param]  # the optimizer has its own words for it
             raise RuntimeError(
                 f"parameter {self.names[param]!r} has a sparse gradient, of which no slab can be "
                 "stepped on its own: use a dense gradient (Embedding(sparse=False)), or let its "
                 "units own whole parameters"
             )
-        tensors = []
         values = param.detach()  # shares memory and version counter
-        for cohort in cohorts:
-            for piece in cohort.pieces:
-                tensor = piece.with_gradient(values, grad)
-                self._stepping.append((param, piece, tensor, not piece.state))
-                self.inner.state[tensor] = piece.state
-                tensors.append(tensor)
+        views = [piece for cohort in cohorts for piece in cohort.pieces]
+        return self._enter(param, views, [view.with_gradient(values, grad) for view in views])
+
+    def _enter(
+        self, param: Tensor | None, pieces: Sequence[Piece], tensors: list[Tensor]
+    ) -> list[Tensor]:
+        """Note that pieces are stepped as some tensors, and hand the optimizer their state."""
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            self._stepping.append((param, piece, tensor, not piece.state))
+            self.inner.state[tensor] = piece.state
         return tensors
+
+    def _one_by_one(self, group: dict[str, Any]) -> bool:
+        """Return whether pools of a group may be loaded one after the other as they are stepped.
+
+        On a GPU, launches cost more than memory, and of other optimizers it is not known that they
+        pass over their groups once.
+        """
+        known = inspect.unwrap(type(self.inner).step).__module__.startswith("torch.optim.")
+        return known and all(param.device.type == "cpu" for param in group["params"])
 
     def _fresh(self, group: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
         """Return the tensors that make their first step, if they need a group of their own.
@@ -247,16 +332,19 @@ class Slicer:
         """Put the parameters back where the pieces are; does nothing outside a step."""
         if self._shown is None:
             return
-        groups = self.inner.param_groups
+        groups = self.inner.param_groups = self._groups
         del groups[len(self._shown) :]
         for group, params in zip(groups, self._shown, strict=True):
             group["params"] = params
         stateful = False
         for param, piece, tensor, was_empty in self._stepping:
             piece.state = self.inner.state.pop(tensor)
-            piece.put(param, tensor)
+            if isinstance(piece, View) and param is not None:
+                piece.put(param, tensor)
             stateful |= was_empty and bool(piece.state)
-        self._shown, self._stepping = None, []
+        for pool in self._loaded:
+            pool.unload()
+        self._groups, self._shown, self._stepping, self._loaded = [], None, [], []
         if stateful:  # new state moves to where a resumed run would have it, in the same layout
             self.settle()
 
@@ -266,13 +354,18 @@ class Slicer:
     def settle(self) -> None:
         """Write what the pieces know to ``inner.state``, and plan afresh at the next step."""
         plans, self._plan = self._plan or [], None
+        state = self.inner.state
         for plan in plans:
+            for pool in plan.pools or ():
+                if pool.piece.state:
+                    pool.settle([state[member.param] for member in pool.members])
             for param, cohorts in plan.sliced:
-                histories = self.histories[param]
+                # Of one that trains whole, in chunks, no slab has a history of its own.
+                histories = self.histories.get(param, [()])
                 for cohort in cohorts:
                     history = cohort.history
-                    if history:
-                        cohort.settle(param, self.inner.state[param])
+                    if history and cohort.pieces:
+                        cohort.settle(state[param])
                     for index in cohort.members:
                         histories[index] = history
-                settle_scalars(param.shape, self.inner.state.get(param, {}), latest(histories))
+                settle_scalars(param.shape, state.get(param, {}), latest(histories))

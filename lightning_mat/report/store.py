@@ -143,6 +143,22 @@ class SpectraStore:
         write_whole(self.path, partial(_save_arrays, arrays=row))
         self._remove_eigenvalues(count if self.keep_eigenvalues else count - 1)
 
+    def move_aside(self) -> None:
+        """Rename the folder of an earlier run's file; call it when a run begins anew.
+
+        ``mat`` becomes ``mat.1``, ``mat.2`` and so on, so that two runs neither mix nor overwrite
+        each other.
+
+        Raises:
+            OSError: If the folder cannot be renamed.
+        """
+        if not self.path.exists():
+            return
+        folder, number = self.path.parent, 1
+        while folder.with_name(f"{folder.name}.{number}").exists():
+            number += 1
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+
     def truncate(self, step: int) -> None:
         """Drop the probes of steps later than ``step``; call it when a run resumes there.
 

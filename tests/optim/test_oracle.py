@@ -291,11 +291,12 @@ def test_fused_sgd_wakes_a_parameter_that_has_no_momentum_yet() -> None:
         assert_same_values(model, oracle)
 
 
+@pytest.mark.parametrize("pack_below", [0, 16_384], ids=["views", "packed"])
 @pytest.mark.parametrize("how", HOW)
 def test_gradients_may_be_laid_out_in_another_way_than_the_parameter(
-    how: str, monkeypatch: pytest.MonkeyPatch
+    how: str, pack_below: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PACK_BELOW", 0)
+    monkeypatch.setattr(pieces, "PACK_BELOW", pack_below)
     model = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)
     units = [Unit(str(i), "filter", "", (Slice("weight", 0, i, i + 1),)) for i in range(6)]
     part = Partition(units, model)
@@ -345,3 +346,33 @@ def test_autograd_sees_that_the_parameter_changed(
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("pack_below", [0, 16_384], ids=["views", "packed"])
+@pytest.mark.parametrize("how", ["loop", "foreach"])
+@pytest.mark.parametrize("name", ["momentum", "amsgrad"])
+def test_chunks_are_stepped_like_the_whole(
+    name: str, how: str, pack_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PACK_BELOW", pack_below)
+    monkeypatch.setattr(pieces, "chunk_of", lambda _: 5)
+    make = partial(OPTIMIZERS[name], **HOW[how])
+    some, others = [True, False] * 2 + [True], [False, True] * 2 + [False]
+    run_against_oracle(
+        make, [([True] * 5, 2, None), (some, 2, None), (others, 2, "whole"), ([True] * 5, 1, None)]
+    )
+    run_against_oracle(make, [(some, 2, "columns"), (others, 1, None), (some, 2, None)])
+
+
+def test_a_large_parameter_is_handed_over_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "chunk_of", lambda _: 8)
+    model = Model()
+    inner = CountingAdam(model.parameters())
+    optimizer = MATOptimizer(inner, model, units_of(model))
+    set_gradients(model, gradients(model, torch.Generator()))
+    optimizer.step()
+    assert inner.tensors == len(list(model.parameters()))  # everything trains: torch's own step
+    optimizer.apply([True, True, True, True, False])
+    optimizer.step()
+    assert inner.elements == sum(p.numel() for p in model.parameters()) - 5
+    assert inner.tensors == 3 + 1 + 3 + 5 + 6 + 4 + 1

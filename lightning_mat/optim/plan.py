@@ -1,0 +1,38 @@
+"""GroupPlan: what one parameter group steps until the next decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_mat.optim.cohort import Cohort, pools_of
+from lightning_mat.optim.pool import Pool
+
+
+@dataclass
+class GroupPlan:
+    """What one parameter group steps: whole parameters, and cohorts of sliced ones."""
+
+    size: int
+    whole: list[Tensor] = field(default_factory=list)
+    sliced: list[tuple[Tensor, list[Cohort]]] = field(default_factory=list)
+    pools: list[Pool] | None = None
+    pooled_with: list[bool] = field(default_factory=list)
+
+    def with_gradient(self) -> list[bool]:
+        """Return which of the sliced parameters have a gradient."""
+        return [param.grad is not None for param, _ in self.sliced]
+
+    def make_pools(self, states: Mapping[Tensor, dict[str, Any]], *, share_room: bool) -> None:
+        """Pool the small pieces of the parameters that have a gradient now.
+
+        Args:
+            states: Of the parameters, read only.
+            share_room: See :func:`~lightning_mat.optim.cohort.pools_of`.
+        """
+        self.pooled_with = self.with_gradient()
+        cohorts = [c for param, own in self.sliced if param.grad is not None for c in own]
+        self.pools = pools_of(cohorts, states, share_room=share_room)
