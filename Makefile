@@ -29,7 +29,7 @@ test: $(STAMPS)/dev
 
 bench: $(STAMPS)/package
 	$(BIN)/python benchmarks/probe.py
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --model bert-small
 
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures the kernels on a machine with a GPU, within nine minutes.
 #
-#   benchmarks/gpu.sh [--only build|test|sanitize|kernel]...     (or a list: --only build,test)
+#   benchmarks/gpu.sh [--only build|test|sanitize|kernel|step]...     (or a list: --only build,test)
 #
 # Needs an NVIDIA GPU, CUDA's compiler and a Python that has torch; no network. From the environment:
 #   OUT      folder of logs and results (benchmarks/results)
@@ -13,7 +13,7 @@
 # Exit status: 0 if nothing failed, 1 if a part failed, 2 if nothing could be tried.
 set -euo pipefail
 
-readonly ALL_PARTS="build test sanitize kernel"
+readonly ALL_PARTS="build test sanitize kernel step"
 
 fail() {
   printf 'gpu.sh: %s\n' "$*" >&2
@@ -190,11 +190,29 @@ sanitize() {
 kernel() {
   local rest
   rest=$(left)
+  if [[ " ${parts[*]} " == *" step "* ]]; then rest=$((rest / 2)); fi
   # The last workload that starts needs time to end.
   attempt kernel "$rest" "$OUT/kernel.log" \
     "$PYTHON" benchmarks/kernel.py --device cuda --out "$OUT" \
     --seconds $((rest > 90 ? rest - 60 : rest / 3)) || return 0
   cat "$OUT/kernel.log"
+}
+
+step() {
+  local rest
+  rest=$(left)
+  # BERT-base first, eager and compiled, in half of the time; then what the rest allows. The shares
+  # that matter most come first; a model's last group needs time to end.
+  attempt step-bert-base "$((rest * 3 / 5))" "$OUT/step-bert-base.log" \
+    "$PYTHON" benchmarks/step.py --device cuda --out "$OUT" --model bert-base --precision bf16 \
+    --compile both --shares 1 .25 .5 .1 .75 0 --time-limit $((rest / 2)) &&
+    cat "$OUT/step-bert-base.log"
+  rest=$(left)
+  attempt step "$rest" "$OUT/step.log" \
+    "$PYTHON" benchmarks/step.py --device cuda --out "$OUT" --model all --precision bf16 \
+    --shares 1 .25 .5 .1 .75 0 --time-limit $((rest > 60 ? rest - 40 : rest / 3)) &&
+    cat "$OUT/step.log"
+  return 0
 }
 
 for part in "${parts[@]}"; do
@@ -208,6 +226,7 @@ for part in "${parts[@]}"; do
     test) test_ ;;
     sanitize) sanitize ;;
     kernel) kernel ;;
+    step) step ;;
   esac
 done
 

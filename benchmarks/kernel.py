@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.baselines import by_vmap, draw_weights, layerwise
 from benchmarks.common import RESULTS, interleaved, peak_memory, ratio, summary, write_result
+from benchmarks.devices import device_argument, device_name
 from benchmarks.floor import (
     TORCH_PRECISION,
     Ceilings,
@@ -53,6 +54,7 @@ from benchmarks.floor import (
     sets_needed,
     tokens_of,
 )
+from benchmarks.kernel_table import table
 from benchmarks.probe import make_batch, training_step
 from benchmarks.workloads import WORKLOADS, Inputs
 from examples.models.bert import Bert, preset
@@ -249,51 +251,6 @@ def queued(function: Way, calls: int) -> list[float]:
     return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return what was found, for people."""
-    lines = [
-        f"{'':20}{'L':>6}{'S':>5}{'T':>9}{'op ms':>10}{'on device':>11}{'layerwise':>11}{'vmap':>8}"
-        f"{'floor ms':>10}{'÷ floor':>9}{'bound':>12}{'op MB':>8}{'layerwise MB':>14}"
-    ]
-    for name, row in result["workloads"].items():
-        if "failed" in row:
-            lines.append(f"{name:20}{row['failed']}")
-            continue
-        low, high = row["tokens"]
-        tokens = f"{low}" if low == high else f"{low}–{high}"
-        median = row["seconds"].get("op", {}).get("median_seconds")
-        over = row.get("op_over_floor")
-        lines.append(
-            f"{name:20}{row['units']:6}{row['samples']:5}{tokens:>9}{_number(median, 1e3, 10)}"
-            f"{_number(row.get('seconds_on_device'), 1e3, 11)}"
-            f"{_times(row, 'layerwise', 11)}{_times(row, 'vmap', 8)}"
-            f"{_number(row['floor']['seconds'], 1e3, 10)}{_number(over, 1, 9)}"
-            f"{row['floor']['bound']:>12}{_number(row['peak_bytes'].get('op'), 1e-6, 8, 0)}"
-            f"{_number(row['peak_bytes'].get('layerwise'), 1e-6, 14, 0)}"
-        )
-        lines += [f"  {key}: {why}" for key, why in row["not_timed"].items()]
-    for name, row in result["eigen"].items():
-        on_device = row.get("seconds_on_device")
-        device = "" if on_device is None else f" ({on_device * 1e3:.3f} on the device)"
-        median = row["seconds"].get("op", {}).get("median_seconds")
-        rival = _times(row, "eigvalsh", 0).strip()
-        double = _times(row, "eigvalsh in float64", 0).strip()
-        lines.append(
-            f"eigen-solve of {name} Grams of {row['samples']}×{row['samples']}: "
-            f"{_number(median, 1e3, 0, 3)} ms{device}; eigvalsh {rival}, in float64 {double}"
-        )
-        lines += [f"  {key}: {why}" for key, why in row["not_timed"].items()]
-    if result["probe"]:
-        row = result["probe"]
-        lines.append(
-            f"probe of BERT-{row['preset']}, S = {row['samples']}, T = {row['length']}: "
-            f"{row['probe_over_step']:.2f} of a forward and backward pass"
-        )
-    if result["left_out"]:
-        lines.append(f"left out for want of time: {', '.join(result['left_out'])}")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the chosen parts, write the result and print a table; 1 if a way disagrees."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -305,7 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help=f"parts to measure: {', '.join(PARTS)} (default: all)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=device_argument, default=default, help="cpu or cuda (default: a GPU)"
+    )
     parser.add_argument("--rounds", type=int, help="timed calls (default: 5, on a GPU 15)")
     parser.add_argument("--precision", choices=tuple(TOLERANCE), default="float32")
     parser.add_argument("--layers", type=int, help="layers of the workloads that have any")
@@ -320,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = torch.device(args.device).type
     size = "quick" if args.quick else kind
     rounds = args.rounds or (1 if args.quick else 5 if kind == "cpu" else 15)
-    device = kind if kind == "cpu" else torch.cuda.get_device_name(args.device)
+    device = device_name(args.device)
     name = f"kernel-{device.replace(' ', '-')}"
     with matmul_precision(TORCH_PRECISION[args.precision]):
         ceilings = measure_ceilings(args.device, args.quick)
@@ -392,17 +352,6 @@ def _release(device: str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _number(value: float | None, scale: float, width: int, digits: int = 2) -> str:
-    text = "–" if value is None else f"{value * scale:.{digits}f}"
-    return f"{text:>{width}}"
-
-
-def _times(row: dict[str, Any], key: str, width: int) -> str:
-    value = row["times_op"].get(key)
-    text = "–" if value is None else f"{value:.2f}×"
-    return f"{text:>{width}}"
 
 
 if __name__ == "__main__":

@@ -1,123 +1,196 @@
-"""What a training step costs with all, half, a quarter and the least of the units trained.
+"""What a training step costs by the share of the units that trains, and what rivals save.
 
-    python benchmarks/step.py [--preset small] [--batch-size 16] [--length 128] [--rounds 9]
+    python benchmarks/step.py [--model NAME ...] [--skip weights units] [--compile no|yes|both]
+                              [--shares 1 .75 .5 .25 .1 0] [--rounds 9] [--quick]
 
-Forward, backward and AdamW of BERT on random words (medians of interleaved rounds), through the
-gate and the wrapped optimizer, against the same step without either. Units rest at random, the
-same share in every layer. With F counted and t measured,
+A step is zero_grad, forward, loss, backward and AdamW on random data, through the gate and the
+wrapped optimizer, against the same step without either: medians of interleaved rounds, compared
+within rounds. Units rest at random, the same share in every layer; at least one of each layer and
+kind trains. With F counted and t measured,
 
     efficiency = (1 - t / t_full) / (1 - F / F_full)
 
-is the part of the promised saving that is kept. Writes
-``benchmarks/results/step-<preset>-<device>.json``.
+is the part of the promised saving that is kept. Beside them the same step under what a user would
+pick instead, see :mod:`benchmarks.rivals`. Memory is the peak of a step, and the bytes of
+activations that its forward pass saves for the backward pass.
+
+Writes ``step-<model>-<device>.json`` after every group of measurements, and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import gc
+import os
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import interleaved, peak_memory, ratio, summary, write_result
-from benchmarks.probe import make_batch
-from examples.models.bert import Bert, preset
-from lightning_mat import flops
-from lightning_mat.gate import Gate
-from lightning_mat.optim import MATOptimizer
-from lightning_mat.policies import History, Random, UnitTable
-from lightning_mat.units import Partition, partition
+from benchmarks.common import RESULTS, write_result
+from benchmarks.devices import device_argument, device_name
+from benchmarks.models import ALL, WORKLOADS
+from benchmarks.step_table import table
+from benchmarks.study import PRECISIONS, Setting, Study
+from lightning_mat.gate.gate import SKIPS
+from lightning_mat.report.environment import environment
+
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
 
 
-def step(model: Bert, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
-    """Run one training step."""
-    optimizer.zero_grad(set_to_none=True)
-    logits = model(batch["input_ids"], batch["masked_positions"])
-    F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
-    optimizer.step()
+class Limit:
+    """The time that may be spent; a group that is unlikely to fit is not started."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start."""
+        self.stop = time.monotonic() + seconds
+        self.longest: dict[object, float] = {}
+
+    def run(self, kind: object, function: Callable[[], None]) -> bool:
+        """Run a group unless the longest of its kind so far would not fit; return whether."""
+        begin = time.monotonic()
+        if begin + self.longest.get(kind, 0.0) >= self.stop:
+            return False
+        function()
+        self.longest[kind] = max(self.longest.get(kind, 0.0), time.monotonic() - begin)
+        return True
 
 
-def choose(part: Partition, share: float) -> Tensor:
-    """Return which units train: a share of every layer and kind, at least one."""
-    if share == 1:
-        return torch.ones(len(part), dtype=torch.bool)
-    table = UnitTable(part.names, part.kinds, part.layers, torch.zeros(len(part)))
-    return Random(max(share, 1e-9), seed=0).decide(History(), table, 0).active
-
-
-def main() -> None:
-    """Time, print a table and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="small")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=30_522)
-    parser.add_argument("--units", default="heads+ffn")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-
-    torch.manual_seed(0)
-    size = preset(args.preset, vocab_size=args.vocabulary, max_length=args.length, dropout=0.1)
-    plain = Bert(size).to(args.device)
-    batch = make_batch(args.batch_size, args.length, args.vocabulary, args.device)
-    part = partition(plain, args.units)
-
-    ways: dict[str, Callable[[], object]] = {}
-    rows: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, model: Bert, optimizer: torch.optim.Optimizer, trained: float) -> None:
-        ways[name] = lambda: step(model, optimizer, batch)
-        with flops.count() as counter:
-            ways[name]()
-        rows[name] = {"flops": counter.total, "trained_share": trained}
-        rows[name]["peak_bytes"] = peak_memory(ways[name], args.device)
-
-    add("plain", plain, torch.optim.AdamW(plain.parameters(), 1e-4), 1.0)
-    for share in args.shares:
-        model = copy.deepcopy(plain)
-        optimizer = MATOptimizer(torch.optim.AdamW(model.parameters(), 1e-4), model, part)
-        active = choose(part, share)
-        Gate(model, part).apply(active)
-        optimizer.apply(active)
-        add(f"mat {share:.0%}", model, optimizer, float(active.double().mean()))
-
-    seconds = interleaved(ways, rounds=args.rounds, device=args.device)
-    full = rows["plain"]["flops"]
-    for name, row in rows.items():
-        row["time_ratio"] = ratio(seconds, name, "plain")
-        row["flops_ratio"] = row["flops"] / full
-        promised = 1 - row["flops_ratio"]
-        row["efficiency"] = (1 - row["time_ratio"]) / promised if promised > 0.01 else None
-    device = args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    write_result(
-        f"step-{args.preset}-{device.replace(' ', '-')}",
-        {
-            "settings": vars(args) | {"unit_count": len(part)},
-            "seconds": summary(seconds),
-            "steps": rows,
-        },
-        device=args.device,
+def measure_model(name: str, args: argparse.Namespace, limit: Limit) -> bool:
+    """Measure one model, write its result and print a table; return whether nothing failed."""
+    setting = Setting(
+        args.device,
+        args.rounds,
+        tuple(args.skip),
+        args.precision,
+        args.quick,
+        args.batch_size,
+        args.dropout,
     )
-    print(f"BERT-{args.preset}, {args.batch_size} × {args.length} words, {len(part)} units")
-    print(f"{'':10}{'trained':>9}{'seconds':>9}{'t/t_full':>10}{'F/F_full':>10}{'efficiency':>12}")
-    for name, row in rows.items():
-        kept = "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
-        median = summary(seconds)[name]["median_seconds"]
-        print(
-            f"{name:10}{row['trained_share']:9.0%}{median:9.3f}{row['time_ratio']:10.3f}"
-            f"{row['flops_ratio']:10.3f}{kept:>12}"
-        )
+    study = Study(WORKLOADS[name], setting)
+    result: dict[str, Any] = {
+        # A copy of the sources without their history can be told by the variable.
+        "commit": environment(args.device)["commit"] or os.environ.get("COMMIT"),
+        "model": name,
+        "title": study.workload.title,
+        "settings": {
+            "units": study.workload.units,
+            "unit_count": len(study.part),
+            "batch_size": study.batch_size,
+            "sizes": study.sizes,
+            "dropout": study.dropout,
+            "precision": args.precision,
+            "rounds": args.rounds,
+            "device": args.device,
+            "quick": args.quick,
+        },
+        "full": study.full,
+        "steps": study.rows,
+        "rivals": study.rivals,
+        "left_out": [],
+        "failed": {},
+    }
+    modes = {"no": (False,), "yes": (True,), "both": (False, True)}[args.compile]
+    groups: list[tuple[str, object, Callable[[], None]]] = []
+    for compiled in modes:
+        for share in args.compiled_shares if compiled else args.shares:
+            label = f"{'compiled' if compiled else 'eager'} {share:.0%}"
+            groups.append((label, compiled, lambda s=share, c=compiled: study.measure_share(s, c)))
+        if not compiled:
+            for share in args.rivals:
+                label = f"rivals {share:.0%}"
+                groups.append((label, "rivals", lambda s=share: study.measure_rivals(s)))
+    stem = f"step-{name}-{device_name(args.device).replace(' ', '-')}"
+    for label, kind, function in groups:
+        try:
+            if not limit.run((name, kind), function):
+                result["left_out"].append(label)
+        except Exception as error:  # the other groups' numbers are not lost with this one's
+            traceback.print_exc()
+            result["failed"][label] = f"{type(error).__name__}: {error}".splitlines()[0]
+        path = write_result(stem, result, device=args.device, folder=args.out)
+    print(f"{study.workload.title}, {device_name(args.device)}, {args.precision}; {path}")
+    print(table(result), flush=True)
+    return not result["failed"]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add(
+        "--model",
+        nargs="+",
+        choices=(*WORKLOADS, "all"),
+        default=["all"],
+        metavar="NAME",
+        help=f"{', '.join(WORKLOADS)}, or all (the default) for all but bert-base",
+    )
+    add("--skip", nargs="+", choices=SKIPS, default=list(SKIPS), help="ways of skipping")
+    add("--compile", choices=("no", "yes", "both"), default="no", help="torch.compile the models")
+    add("--shares", type=float, nargs="+", default=list(SHARES), help="shares of units that train")
+    add(
+        "--compiled-shares",
+        type=float,
+        nargs="+",
+        help="shares for the compiled model (default: those of --shares)",
+    )
+    add(
+        "--rivals",
+        type=float,
+        nargs="*",
+        default=[0.5, 0.25],
+        help="shares at which rivals are measured (none: nothing after --rivals)",
+    )
+    add("--rounds", type=int, help="timed steps of each (default: 9, on a GPU 21)")
+    add("--batch-size", type=int, help="samples of a step (default: the model's)")
+    add("--dropout", type=float, help="probability (default: the model's)")
+    add("--precision", choices=tuple(PRECISIONS), default="float32", help="bf16: by autocast")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device_argument, default=default, help="cpu or cuda (default: a GPU)")
+    add("--quick", action="store_true", help="tiny sizes: does everything run?")
+    add("--out", type=Path, default=RESULTS, help="folder of the results")
+    add(
+        "--time-limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="leave out what would probably not end in time",
+    )
+    args = parser.parse_args(arguments)
+    args.compiled_shares = args.compiled_shares or args.shares
+    for share in (*args.shares, *args.compiled_shares, *args.rivals):
+        if not 0 <= share <= 1:
+            parser.error(f"shares must be in [0, 1], got {share:g}")
+    cpu = torch.device(args.device).type == "cpu"
+    args.rounds = args.rounds or (1 if args.quick else 9 if cpu else 21)
+    models = [n for name in args.model for n in (ALL if name == "all" else (name,))]
+    args.model = list(dict.fromkeys(models))
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the chosen models; 1 if a group of measurements failed."""
+    args = parse(arguments)
+    if args.compile != "no":
+        # Plain and gated models of one class share a budget of compilations; what a switch costs
+        # is recorded as the seconds of its first step.
+        torch._dynamo.config.recompile_limit = 64
+    limit = Limit(args.time_limit)
+    good = []
+    for name in args.model:
+        good.append(measure_model(name, args, limit))
+        # The next model needs the memory, which compiled code and cycles would hold.
+        torch._dynamo.reset()
+        gc.collect()
+    return int(not all(good))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

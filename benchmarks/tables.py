@@ -1,15 +1,18 @@
 """Markdown tables of the committed results: `python -m benchmarks.tables` prints all of them.
 
-A test checks that README and docs/kernel.md show exactly these, so that no number there lacks a
-file.
+Tests check that README and the pages under docs show exactly these, so that no number there lacks
+a file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import step_markdown
+from benchmarks.models import WORKLOADS
+from benchmarks.tabular import markdown, where
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -18,18 +21,6 @@ def load(name: str) -> dict[str, Any]:
     """Return a result by its file's name without the ending."""
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return result
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def where(result: dict[str, Any]) -> str:
-    """Return the machine and the versions of a result, in a line."""
-    e = result.get("environment") or result["environments"]["mat"]
-    return f"{e['cpu']}, {e['threads']} threads, torch {e['torch']}, {e['time'][:10]}"
 
 
 def probe() -> str:
@@ -57,24 +48,24 @@ def probe() -> str:
     return markdown(head, rows)
 
 
-def step() -> str:
-    """Return what a step costs by the share of the units that trains."""
-    result = load("step-small-cpu")
-    rows = []
-    for name, row in result["steps"].items():
-        kept = "" if row["efficiency"] is None else f"{row['efficiency']:.0%}"
-        median = result["seconds"][name]["median_seconds"]
-        rows.append(
-            [
-                "plain" if name == "plain" else f"{row['trained_share']:.0%} trained",
-                f"{median:.2f} s",
-                f"{row['time_ratio']:.3f}",
-                f"{row['flops_ratio']:.3f}",
-                kept,
-            ]
-        )
-    head = ("step of BERT-small, 16 × 128 words", "median", "t / t_full", "F / F_full", "kept")
-    return markdown(head, rows)
+def steps() -> dict[str, dict[str, Any]]:
+    """Return the results of steps by their files' names without the ending, the CPU's first.
+
+    Empty where none was measured; models stand in the order of the benchmark.
+    """
+    paths = [
+        path
+        for on_cpu in (True, False)
+        for model in WORKLOADS
+        for path in sorted(RESULTS.glob(f"step-{model}-*.json"))
+        if path.stem.endswith("-cpu") == on_cpu
+    ]
+    return {path.stem: load(path.stem) for path in paths}
+
+
+def step_page() -> str:
+    """Return the tables of docs/step.md; "" where no step was measured."""
+    return step_markdown.page(steps())
 
 
 def job() -> str:
@@ -174,10 +165,13 @@ def main() -> str:
     parts = []
     for table, name, files in (
         (probe(), "probe-mini-all-cpu", "probe-mini-*-cpu"),
-        (step(), "step-small-cpu", "step-small-cpu"),
         (job(), "bert-mini-wikitext2-cpu", "bert-mini-wikitext2-cpu"),
     ):
         parts.append(f"{table}\n\n*{where(load(name))}; `benchmarks/results/{files}.json`*")
+    if found := steps():
+        machines = dict.fromkeys(where(result) for result in found.values())
+        source = f"*{'; '.join(machines)}; `benchmarks/results/step-*.json`*"
+        parts.insert(1, f"{step_markdown.overview(found)}\n\n{source}")
     return "\n\n".join(parts)
 
 
@@ -185,3 +179,5 @@ if __name__ == "__main__":
     print(main())
     print()
     print(kernel_page())
+    print()
+    print(step_page())

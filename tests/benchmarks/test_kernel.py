@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, floor, kernel, workloads
+from benchmarks import baselines, devices, floor, kernel, workloads
 from lightning_mat import _extension
 from lightning_mat.mntk.kernel import Geometry, Layer, mntk_spectra
 from lightning_mat.units.unit import Rect
@@ -25,7 +25,7 @@ def quick(name: str) -> workloads.Inputs:
     return workload.draw("cpu", **workload.quick)
 
 
-@pytest.mark.parametrize("module", [baselines, floor, kernel], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [baselines, floor, kernel, devices], ids=lambda m: m.__name__)
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -180,6 +180,20 @@ def test_a_result_and_its_table(tmp_path, monkeypatch, capsys):
     assert "probe of BERT-tiny" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_said_so(capsys):
+    with pytest.raises(SystemExit):
+        kernel.main(["--device", "cuda"])
+    assert "'cuda' needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["gpu", "meta"])
+def test_other_devices_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        kernel.main(["--device", text])
+    assert f"'{text}' is no device to measure on: use cpu or cuda" in capsys.readouterr().err
+
+
 def test_what_disagrees_is_not_timed_and_fails(tmp_path, monkeypatch, capsys):
     calls = []
 
@@ -255,7 +269,10 @@ def test_gpu_sh_is_a_bash_script():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nonsense"], "no part 'nonsense': choose from build, test, sanitize, kernel"),
+        (
+            ["--only", "nonsense"],
+            "no part 'nonsense': choose from build, test, sanitize, kernel, step",
+        ),
         (["--only", "build,nonsense"], "no part 'nonsense'"),
         (["--only=test", "--only=*"], "no part '*'"),
         (["--only", ","], "--only names no part"),
@@ -300,6 +317,7 @@ def machine(tmp_path):
                 echo "<testsuites><testsuite tests='3' skipped='${{SKIPPED:-1}}' failures='0'
                     errors='0'/></testsuites>" > "$xml" ;;
             *kernel.py*) echo "kernel $* $COMMIT" >> {log}; echo 'a table' ;;
+            *step.py*) echo "step $* $COMMIT" >> {log}; echo 'steps' ;;
             *) PATH=/usr/bin:/bin exec {sys.executable} "$@" ;;
         esac""",
     )
@@ -326,6 +344,7 @@ def test_gpu_sh_runs_its_parts_in_order_and_sums_up(machine):
         "pytest",
         *["sanitizer", "pytest"] * 3,
         "kernel",
+        *["step"] * 2,
     ]
     assert calls[0] == "pip 9.0 1"
     assert "tests/benchmarks/test_kernel.py" in calls[1]
@@ -334,8 +353,11 @@ def test_gpu_sh_runs_its_parts_in_order_and_sums_up(machine):
         "sanitizer racecheck",
         "sanitizer initcheck",
     ]
-    assert "--device cuda" in calls[-1]
-    assert calls[-1].endswith(" abc")
+    for call in calls[-3:]:
+        assert "--device cuda" in call
+        assert call.endswith(" abc")
+    assert "--model bert-base --precision bf16 --compile both" in calls[-2]
+    assert "--model all --precision bf16" in calls[-1]
     summary = json.loads((Path(environ["OUT"]) / "gpu.json").read_text())
     assert (summary["device"], summary["driver"], summary["commit"]) == ("Some GPU", "580.1", "abc")
     assert list(summary["parts"]) == [
@@ -345,10 +367,23 @@ def test_gpu_sh_runs_its_parts_in_order_and_sums_up(machine):
         "racecheck",
         "initcheck",
         "kernel",
+        "step-bert-base",
+        "step",
     ]
     assert {part["result"] for part in summary["parts"].values()} == {"passed"}
     assert "a table" in done.stdout
-    assert done.stdout.splitlines()[-1].split() == ["kernel", "0", "passed"]
+    assert done.stdout.splitlines()[-1].split() == ["step", "0", "passed"]
+
+
+def test_gpu_sh_only_step_shares_out_its_time(machine):
+    environ, log = machine
+    done = gpu_sh("--only", "step", LIMIT="100", **environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = [call.split() for call in log.read_text().splitlines()]
+    limits = [int(call[call.index("--time-limit") + 1]) for call in calls]
+    assert 45 <= limits[0] <= 50
+    assert 50 <= limits[1] <= 60  # nothing of the first half was used
+    assert done.stdout.count("steps\n") == 2
 
 
 def test_gpu_sh_runs_nothing_after_a_failed_build(machine):
