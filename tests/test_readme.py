@@ -23,6 +23,12 @@ def test_the_kernels_numbers_are_those_of_the_result_file() -> None:
         assert block in page
 
 
+def test_the_steps_numbers_are_those_of_the_result_files() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "step.md").read_text(encoding="utf-8")
+    for block in tables.step_page().split("\n\n"):
+        assert block in page
+
+
 def test_options_are_the_callbacks() -> None:
     options = inspect.signature(MATCallback).parameters
     listed = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\S+)", README, re.MULTILINE)
