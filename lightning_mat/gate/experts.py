@@ -41,8 +41,9 @@ class Stacked(Tensor):
     @staticmethod
     def make(param: Tensor, experts: Experts, *, turned: bool = False) -> Stacked:
         """Return a stand-in; ``turned`` has the last two dimensions exchanged."""
-        shown = param.detach()
-        made = (shown.transpose(-2, -1) if turned else shown).as_subclass(Stacked)
+        # In the graph, as the parameter itself: an operation that does not hear of subclasses, such
+        # as a kernel of one's own, gives its gradient in full, and the parameter's hook clears it.
+        made = (param.transpose(-2, -1) if turned else param).as_subclass(Stacked)
         made.param, made.experts, made.turned = param, experts, turned
         made.slices = None
         return made
@@ -67,7 +68,8 @@ class Stacked(Tensor):
         if self.param.dim() != 3 or self.experts.passing.all or numbers.dtype == torch.bool:
             return None
         rows = self.param[numbers]
-        made = rows.detach().as_subclass(Gathered)
+        # Still in the graph: what knows nothing of subclasses gets gradients in full, none is lost.
+        made = rows.as_subclass(Gathered)
         made.rows, made.live = rows, self.experts.passing.among(numbers)
         return made
 

@@ -17,6 +17,7 @@ from lightning_mat.gate.experts import stacked_rule
 from lightning_mat.gate.grouped import Chosen
 from lightning_mat.units import partition
 from lightning_mat.units.core import Partition
+from lightning_mat.units.unit import Slice
 from tests.gate.cases import SavedBytes, assert_close, check, unit
 from tests.reference.gate import detached, expected_gradients
 from tests.reference.models import mixture
@@ -374,3 +375,34 @@ def test_switch_transformers_rest(skip):
     part = partition(model, "experts")
     for active in ([True, False, False], [False] * 3):
         check(model, part, active, run, skip=skip, floor=1e-6).remove()
+
+
+class Kernel(torch.autograd.Function):
+    """A product with all experts at once that hears of no tensor subclass, as compiled ones do."""
+
+    @staticmethod
+    def forward(ctx, x, weights):
+        ctx.save_for_backward(x, weights)
+        return torch.einsum("ti,eoi->eto", x, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weights = ctx.saved_tensors
+        return torch.einsum("eto,eoi->ti", grad, weights), torch.einsum("eto,ti->eoi", grad, x)
+
+
+class Fused(Stack):
+    """A mixture whose first product is a kernel of its own."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return Kernel.apply(hidden_states, self.up_proj).square().sum((0, 2))
+
+
+@pytest.mark.parametrize("active", DECISIONS[:2])
+def test_a_kernel_that_hears_of_no_subclass_loses_no_gradient(active):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Fused(biases=False, turned=False).double()})
+    x = torch.randn(TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    index, weights = torch.zeros(TOKENS, 1, dtype=torch.long), torch.ones(TOKENS, 1).double()
+    units = [unit(f"expert.{e}", Slice("experts.up_proj", 0, e, e + 1)) for e in range(4)]
+    check(model, units, active, lambda m: m["experts"](x, index, weights), [x])
