@@ -255,6 +255,25 @@ def test_overrides_win_over_a_preset() -> None:
         MATCallback.paper("gpt")
 
 
+def test_a_policy_within_a_policy_is_named_in_a_config(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  accelerator: cpu\n  logger: false\n  callbacks:\n"
+        "    - class_path: lightning_mat.MATCallback\n"
+        "      init_args:\n        units: layers\n"
+        "        policy:\n          class_path: lightning_mat.policies.Bottom\n"
+        "          init_args:\n            criterion: coherence\n            fraction:\n"
+        "              class_path: lightning_mat.policies.MAT\n"
+        "              init_args: {alpha: auto}\n"
+    )
+    cli = LightningCLI(Small, run=False, args=["--config", str(config)], save_config_callback=None)
+    (found,) = [c for c in cli.trainer.callbacks if isinstance(c, MATCallback)]  # type: ignore[attr-defined]
+    assert found.policy == policies.Bottom(policies.MAT("auto"), criterion="coherence")
+
+
 class Own(MATCallback):
     """A subclass."""
 
