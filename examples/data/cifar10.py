@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.data.cifar10_files import Split, read
 from examples.data.loader import ResumableLoader, as_fetched, ordered_batches, training_batches
+from examples.data.seeds import AUGMENTATION, mixed
 from examples.data.subset import check_size, draw_stratified
 
 #: Mean and standard deviation of the training images' red, green and blue, over 255.
@@ -96,7 +97,7 @@ class Images(Dataset[Batch]):
 
     def _draw(self, epoch: int) -> Tensor:
         """Return row, column and mirroring of every image in an epoch, int64, ``[3, N]``."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch, AUGMENTATION))
         window = torch.randint(2 * PADDING + 1, (2, len(self)), generator=generator)
         mirror = torch.randint(2, (1, len(self)), generator=generator)
         return torch.cat([window, mirror])
