@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -178,6 +179,13 @@ class Cifar10(L.LightningDataModule):
                 f"a batch needs {batch_size} images, but only {len(self.train)} are used for "
                 "training: lower batch_size or raise train_size"
             )
+
+    def with_seed(self, seed: int) -> Cifar10:
+        """Return the same images with another order and augmentation, without reading them anew."""
+        other = copy(self)
+        other.seed, other.train = seed, copy(self.train)
+        other.train.seed = seed
+        return other
 
     def describe(self) -> dict[str, int | str | bool]:
         """Return name, augmentation and images per split."""

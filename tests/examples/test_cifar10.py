@@ -182,6 +182,16 @@ def test_batches_are_normalised_and_complete(binary):
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 30
 
 
+def test_another_seed_is_as_if_made_with_it(binary):
+    first, wanted = (Cifar10(binary, 16, valid_size=30, augment=True, seed=s) for s in (1, 2))
+    found = list(first.with_seed(2).train_dataloader())
+    for (a, x), (b, y) in zip(found, wanted.train_dataloader(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(x, y)
+    before = [images for images, _ in first.train_dataloader()]
+    assert not all(torch.equal(a, c) for (a, _), c in zip(found, before, strict=True))
+
+
 def test_windows_and_mirrors_by_a_loop():
     torch.manual_seed(0)
     images = torch.randint(256, (40, 3, 6, 7), dtype=torch.uint8)

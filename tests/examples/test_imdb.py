@@ -100,6 +100,15 @@ def test_batches_keep_text_and_class_together(folder):
     assert one["labels"].shape == ()
 
 
+def test_another_seed_is_another_order(folder):
+    first, wanted = (Imdb(folder, Letters(), 4, 8, valid_size=10, seed=s) for s in (1, 2))
+
+    def orders(data):
+        return [batch["input_ids"].tolist() for batch in data.train_dataloader()]
+
+    assert orders(first.with_seed(2)) == orders(wanted) != orders(first)
+
+
 def test_unusable_files_and_sizes_are_named(folder, monkeypatch):
     for options, message in (
         ({"valid_size": 40}, r"valid_size must be from 1 to 39.*got 40"),

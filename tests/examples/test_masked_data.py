@@ -88,6 +88,17 @@ def test_every_seed_epoch_and_purpose_has_its_own_stream():
     assert len(found) == 50 * len(range(0, 100_000, 97)) * 2
 
 
+def test_another_seed_is_as_if_made_with_it(data_dir):
+    corpus = read_directory(data_dir)
+    first, wanted = (MaskedText(corpus, length=8, batch_size=4, seed=s) for s in (1, 2))
+    found = first.with_seed(2)
+    for split in ("train", "val", "test"):
+        loaders = [getattr(text, f"{split}_dataloader")() for text in (found, wanted, first)]
+        pairs = list(zip(*loaders, strict=True))
+        assert all(same(a, b) for a, b, _ in pairs)
+        assert not all(same(a, c) for a, _, c in pairs)
+
+
 def test_order_is_drawn_per_epoch(blocks):
     first, second = batches(make(blocks), 0), batches(make(blocks), 1)
     assert len(first) == len(second) == 3
