@@ -26,13 +26,16 @@ class GroupPlan:
         """Return which of the sliced parameters have a gradient."""
         return [param.grad is not None for param, _ in self.sliced]
 
-    def make_pools(self, states: Mapping[Tensor, dict[str, Any]], *, share_room: bool) -> None:
+    def make_pools(
+        self, states: Mapping[Tensor, dict[str, Any]], *, share_room: bool, fused: bool
+    ) -> None:
         """Pool the small pieces of the parameters that have a gradient now.
 
         Args:
             states: Of the parameters, read only.
             share_room: See :func:`~lightning_mat.optim.cohort.pools_of`.
+            fused: See there.
         """
         self.pooled_with = self.with_gradient()
         cohorts = [c for param, own in self.sliced if param.grad is not None for c in own]
-        self.pools = pools_of(cohorts, states, share_room=share_room)
+        self.pools = pools_of(cohorts, states, share_room=share_room, fused=fused)

@@ -247,7 +247,8 @@ class Slicer:
             plans = self._planned()
         for group, plan in zip(self.inner.param_groups, plans, strict=True):
             if plan.pools is None:
-                plan.make_pools(self.inner.state, share_room=self._one_by_one(group))
+                fused, alone = bool(group.get("fused")), self._one_by_one(group)
+                plan.make_pools(self.inner.state, share_room=alone, fused=fused)
         return plans
 
     @torch.no_grad()
@@ -358,7 +359,7 @@ class Slicer:
         for plan in plans:
             for pool in plan.pools or ():
                 if pool.piece.state:
-                    pool.settle([state[member.param] for member in pool.members])
+                    pool.settle([state[param] for param in pool.params])
             for param, cohorts in plan.sliced:
                 # Of one that trains whole, in chunks, no slab has a history of its own.
                 histories = self.histories.get(param, [()])
