@@ -83,30 +83,18 @@ std::vector<BoxCopy> copies_of(const std::vector<Tensor>& fulls, const Tensor& b
   check_boxes(flat, boxes);
   const std::vector<int64_t> spans = check_fulls(fulls, flat);
   const auto* records = reinterpret_cast<const BoxRecord*>(boxes.const_data_ptr<int64_t>());
-  const auto item = static_cast<int64_t>(flat.element_size());
   // Which of the two is written, the caller knows: it has the mutable tensor.
-  auto* to = static_cast<unsigned char*>(const_cast<void*>(flat.const_data_ptr()));
+  void* to = const_cast<void*>(flat.const_data_ptr());
   std::vector<BoxCopy> copies;
   copies.reserve(static_cast<size_t>(boxes.size(0)));
   int64_t words = 0;
   for (int64_t k = 0; k < boxes.size(0); ++k) {
-    BoxRecord b = records[k];
+    const BoxRecord& b = records[k];
     check_record(b, k, spans, flat.numel());
     if (b.rows == 0 || b.run == 0) continue;
-    if (b.rows == 1 || b.stride == b.run) {
-      b.run *= b.rows;
-      b.rows = 1;
-      b.stride = b.run;
-    }
     const Tensor& full = fulls[static_cast<size_t>(b.full)];
-    auto* from = static_cast<unsigned char*>(const_cast<void*>(full.const_data_ptr()));
-    BoxCopy copy{from + b.offset * item, to + b.flat * item, 0, b.rows, 0, words, 16};
-    const auto all = reinterpret_cast<uintptr_t>(copy.full) |
-                     reinterpret_cast<uintptr_t>(copy.flat) |
-                     static_cast<uintptr_t>(b.stride * item) | static_cast<uintptr_t>(b.run * item);
-    while (all % static_cast<uintptr_t>(copy.width) != 0) copy.width /= 2;
-    copy.stride = b.stride * item / copy.width;
-    copy.run = b.run * item / copy.width;
+    const BoxCopy copy =
+        box_copy(b, const_cast<void*>(full.const_data_ptr()), to, flat.element_size(), words);
     words += copy.rows * copy.run;
     copies.push_back(copy);
   }

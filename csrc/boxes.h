@@ -26,6 +26,29 @@ struct BoxCopy {
   int64_t width;  // 16, 8, 4, 2 or 1
 };
 
+// The addresses of a box that is not empty, of elements of `item` bytes in memory that begins at
+// `full` and `flat`, after `words` words of other boxes.
+inline BoxCopy box_copy(BoxRecord b, void* full, void* flat, int64_t item, int64_t words) {
+  if (b.rows == 1 || b.stride == b.run) {
+    b.run *= b.rows;
+    b.rows = 1;
+    b.stride = b.run;
+  }
+  BoxCopy copy{static_cast<unsigned char*>(full) + b.offset * item,
+               static_cast<unsigned char*>(flat) + b.flat * item,
+               0,
+               b.rows,
+               0,
+               words,
+               16};
+  const auto all = reinterpret_cast<uintptr_t>(copy.full) | reinterpret_cast<uintptr_t>(copy.flat) |
+                   static_cast<uintptr_t>(b.stride * item) | static_cast<uintptr_t>(b.run * item);
+  while (all % static_cast<uintptr_t>(copy.width) != 0) copy.width /= 2;
+  copy.stride = b.stride * item / copy.width;
+  copy.run = b.run * item / copy.width;
+  return copy;
+}
+
 struct BoxesParams {
   const BoxCopy* boxes;
   int64_t count, words;  // of all boxes

@@ -52,6 +52,8 @@ class Cohort:
         self.param = param
         self.members = members
         below = 0 if in_place else pieces.PACK_BELOW
+        if fused:
+            below = min(below, pieces.FUSED_PACK_BELOW)
         tensors = [param.detach(), *elementwise]
         self.pieces, self.boxes = divide(boxes, tensors, below=below, fused=fused)
         self.pools: list[Pool] = []

@@ -15,6 +15,9 @@ from lightning_mat.optim.slabs import Box
 # loop over tensors) exceed the copies of its parameters and gradients: measured on a CPU.
 PACK_BELOW = 65_536
 
+# The same where a kernel is fused: it costs few calls, so that less is worth a copy.
+FUSED_PACK_BELOW = 16_384
+
 # Elements of a chunk on a CPU, see chunk_of; measured, and flat around its optimum.
 CHUNK = 131_072
 
