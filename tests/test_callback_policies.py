@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +121,6 @@ def test_a_resumed_multirate_run_ends_with_the_same_bits(
     assert second.summary()["flops"] == whole_callback.summary()["flops"]
 
 
-@pytest.mark.skipif(
-    "rates" not in inspect.signature(MATOptimizer.apply).parameters,
-    reason="the optimizer takes no rates",
-)
 def test_multirate_is_the_method_by_hand(tmp_path: Path) -> None:
     policy = policies.Multirate(k=3)
     adaptive, by_hand = model(optimizer="sgd"), model(optimizer="sgd")
