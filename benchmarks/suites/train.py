@@ -61,6 +61,7 @@ def train(
     work: Path,
     device: str = "cpu",
     deadline: float | None = None,
+    observer: L.Callback | None = None,
 ) -> Line | None:
     """Train and test one run, or go on with it.
 
@@ -71,6 +72,7 @@ def train(
         work: Folder of unfinished runs.
         device: ``"cpu"`` or ``"cuda"``.
         deadline: Moment of ``time.monotonic()`` at which to stop and keep a checkpoint.
+        observer: Another callback of the Trainer.
 
     Returns:
         The line; None if the deadline came first.
@@ -97,7 +99,11 @@ def train(
         limit_val_batches=1.0 if task.valid_batches is None else task.valid_batches,
         limit_test_batches=1.0 if task.test_batches is None else task.test_batches,
         # The stop is last: what the others noted of the step is in its checkpoint.
-        callbacks=[recorder, clock, special, _Stop(deadline, last, every)],
+        callbacks=[
+            *(recorder, clock, special),
+            *([observer] if observer else []),
+            _Stop(deadline, last, every),
+        ],
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
