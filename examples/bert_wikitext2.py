@@ -31,7 +31,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from examples.data.corpus import Corpus, read_directory, read_hub
 from examples.data.embedded import embedded_corpus
+from examples.data.locate import find_vocabulary, locate
 from examples.data.masking import MaskedText
+from examples.data.vocabulary import Vocabulary
+from examples.data.wordpiece import WordPieces, read_pieces
 from examples.models.mlm import BertMLM
 from examples.options import METHODS, parse, settings
 from examples.record import Clock, FullStepCost, Row, table
@@ -80,16 +83,23 @@ def _read(args: argparse.Namespace) -> MaskedText:
     corpus: Corpus
     size = args.vocab_size
     if args.data is not None:
-        corpus = read_directory(args.data)
+        corpus = read_directory(locate(args.data, "wikitext-2"))
     elif args.hub is not None:
         corpus = read_hub(args.hub)
     else:
-        corpus, size = embedded_corpus(), size or 8192
+        corpus, size = embedded_corpus(), size or (None if args.vocab else 8192)
+    vocabulary: Vocabulary | WordPieces
+    if args.tokens == "pieces" or args.vocab is not None:
+        # A file that merely lies there gives way to a size that was asked for.
+        nearby = find_vocabulary(args.data) if args.data is not None and size is None else None
+        vocabulary = read_pieces(args.vocab or nearby, corpus.train, size)
+    else:
+        vocabulary = Vocabulary.build(corpus.train, size)
     return MaskedText(
         corpus,
         args.seq_len,
         args.batch_size,
-        vocab_size=size,
+        vocabulary=vocabulary,
         seed=args.seed,
         num_workers=args.num_workers,
     )

@@ -31,8 +31,18 @@ DEMO: dict[str, Any] = {
     "overwrite": True,
 }
 
-#: Settings that a resumed run may change, and the data's path, which is this machine's own.
-_FREE = ("data", "method", "out", "resume", "overwrite", "demo", "accelerator", "num_workers")
+#: Settings that a resumed run may change, and paths of data, which are this machine's own.
+_FREE = (
+    "data",
+    "vocab",
+    "method",
+    "out",
+    "resume",
+    "overwrite",
+    "demo",
+    "accelerator",
+    "num_workers",
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -66,10 +76,24 @@ def _parser() -> argparse.ArgumentParser:
 
     data = parser.add_argument_group("data (default: an embedded corpus)")
     source = data.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="DIR", help="train.txt, valid.txt, test.txt")
+    source.add_argument(
+        "--data", type=Path, metavar="DIR", help="holds WikiText-2's files, or a folder wikitext-2"
+    )
     source.add_argument("--hub", nargs="?", const="wikitext-2", choices=HUB, help="download")
     add = data.add_argument
-    add("--vocab-size", type=int, help="words to keep (default: all; embedded corpus: 8192)")
+    add("--tokens", choices=("words", "pieces"), default="words", help="whole words, word pieces")
+    add(
+        "--vocab",
+        type=Path,
+        metavar="FILE",
+        help="word pieces of this vocab.txt (default: one in "
+        "or beside DIR, else trained on the training split)",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        help="words to keep (default: all; embedded corpus, and pieces that are trained: 8192)",
+    )
     add("--seq-len", type=int, default=128, help="words in a sample")
     add("--num-workers", type=int, default=0, help="processes that prepare batches")
 

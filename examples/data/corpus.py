@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.data.locate import contents
+
 #: Datasets that `--hub` can name: the path and the configuration at `datasets.load_dataset`.
 HUB: dict[str, tuple[str, str]] = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-v1"),
@@ -54,10 +56,10 @@ def read_directory(directory: str | Path, name: str | None = None) -> Corpus:
         else:
             files[split] = found
     if missing:
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
         raise FileNotFoundError(
-            f"data folder {folder} lacks {', '.join(missing)}; found {there}: put WikiText-2's "
-            "three word-level token files there, or leave out --data for the embedded corpus"
+            f"data folder {folder} lacks {', '.join(missing)}; found {contents(folder)}: put "
+            "WikiText-2's three word-level token files there, or leave out --data for the embedded "
+            "corpus"
         )
     train, valid, test = (_lines(files[split]) for split in SPLITS)
     return Corpus(name or folder.resolve().name, train, valid, test)

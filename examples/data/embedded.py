@@ -13,13 +13,13 @@ import os
 import platform
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from examples.data.cache import cache_folder, publish
 from examples.data.corpus import SPLITS, Corpus, read_directory
 
 #: Folders of the standard library that hold tests, programs or other people's packages.
@@ -37,20 +37,19 @@ def embedded_corpus(cache: str | Path | None = None) -> Corpus:
     """Return the embedded corpus; the first call reads the standard library (some seconds).
 
     Args:
-        cache: Folder to keep it in; by default ``$XDG_CACHE_HOME/lightning-mat``, or
-            ``~/.cache/lightning-mat``. Where it cannot be written, the corpus is built each time.
+        cache: Folder to keep it in, see :func:`examples.data.cache.cache_folder`. Where it cannot
+            be written, the corpus is built each time.
 
     Raises:
         FileNotFoundError: If this Python has neither topics nor sources.
     """
-    root = Path(cache) if cache is not None else _default_cache()
     library = sysconfig.get_path("stdlib")
     key = hashlib.sha256(library.encode()).hexdigest()[:8]
-    folder = root / f"embedded-1-{platform.python_version()}-{key}"
+    folder = cache_folder(cache) / f"embedded-1-{platform.python_version()}-{key}"
     if not folder.is_dir():
         corpus = split(list(documents(Path(library))))
         try:
-            _write(corpus, folder)
+            publish(folder, lambda whole: _write(corpus, whole))
         except OSError:
             return corpus
     return read_directory(folder, name="embedded")
@@ -132,18 +131,8 @@ def _sources(library: Path) -> Iterator[Path]:
         yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-mat"
-
-
 def _write(corpus: Corpus, folder: Path) -> None:
-    """Write the three token files; the folder appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole = Path(scratch, "whole")
-        whole.mkdir()
-        for name in SPLITS:
-            text = "".join(f"{line}\n" for line in getattr(corpus, name))
-            (whole / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
-        if not folder.is_dir():  # another process may have been faster: its files are the same
-            whole.rename(folder)
+    """Write the three token files."""
+    for name in SPLITS:
+        text = "".join(f"{line}\n" for line in getattr(corpus, name))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")

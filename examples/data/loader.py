@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class EpochSampler(Sampler[int]):
@@ -81,3 +81,54 @@ class ResumableLoader(DataLoader[Any]):
         self._epoch = state["epoch"]
         self._served = state["batches"]
         self._resumed = True
+
+
+def training_batches(
+    data: Dataset[Any],
+    n: int,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    collate: Callable[[Any], Any] | None = None,
+) -> ResumableLoader:
+    """Return a loader that shuffles per epoch and leaves an incomplete last batch out.
+
+    Args:
+        data: Data set that takes indices ``epoch · n + i``.
+        n: Its samples.
+        batch_size: Samples in a batch.
+        seed: Of the order.
+        num_workers: Processes that prepare batches.
+        collate: Makes a batch of what the data set gives; by default samples are stacked.
+    """
+    return ResumableLoader(
+        data,
+        batch_size=batch_size,
+        sampler=EpochSampler(n, seed),
+        drop_last=True,
+        num_workers=num_workers,
+        collate_fn=collate,
+        # Without one of its own, a loader takes a number from the global random stream.
+        generator=torch.Generator(),
+    )
+
+
+def ordered_batches(
+    data: Dataset[Any],
+    batch_size: int,
+    num_workers: int = 0,
+    collate: Callable[[Any], Any] | None = None,
+) -> DataLoader[Any]:
+    """Return a loader over all samples in order, for validation and test."""
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
+
+
+def as_fetched(batch: Any) -> Any:
+    """Return a batch as it is: the ``collate`` where ``__getitems__`` gives whole batches."""
+    return batch

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.data.corpus import Corpus
-from examples.data.loader import EpochSampler, ResumableLoader
+from examples.data.loader import ResumableLoader, ordered_batches, training_batches
+from examples.data.subset import draw
 from examples.data.vocabulary import Vocabulary
+from examples.data.wordpiece import WordPieces
 
 
 class MaskedBlocks(Dataset[dict[str, Tensor]]):
@@ -86,11 +88,17 @@ class MaskedText(L.LightningDataModule):
         length: Block length, T.
         batch_size: Samples in a batch; an incomplete last training batch is left out.
         vocab_size: Words to keep, None for all of the training split.
+        vocabulary: What numbers the text, for instance word pieces
+            (:class:`examples.data.wordpiece.WordPieces`); by default the training split's words.
         seed: Seed of the order and of the masks.
         num_workers: Processes that prepare batches.
+        train_size: Training blocks to use, None for all; the same ones for every seed.
+        valid_size: Validation blocks to use, in the same way.
+        test_size: Test blocks to use, in the same way.
 
     Raises:
-        ValueError: If a split is too short for a block, or training for a batch.
+        ValueError: If a split is too short for a block, training for a batch, or a size too large,
+            or if both a vocabulary and its size are given.
     """
 
     def __init__(
@@ -100,21 +108,36 @@ class MaskedText(L.LightningDataModule):
         batch_size: int = 32,
         *,
         vocab_size: int | None = None,
+        vocabulary: Vocabulary | WordPieces | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        train_size: int | None = None,
+        valid_size: int | None = None,
+        test_size: int | None = None,
     ) -> None:
         """Build the vocabulary and encode the splits."""
         super().__init__()
+        if vocabulary is not None and vocab_size is not None:
+            raise ValueError(
+                f"the vocabulary has {len(vocabulary)} entries, but vocab_size={vocab_size} was "
+                "given, too: leave out one of the two"
+            )
         self.source = corpus.name
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.vocabulary = Vocabulary.build(corpus.train, vocab_size)
-        encode, mask = self.vocabulary.encode, self.vocabulary.mask
-        self.train = MaskedBlocks(encode(corpus.train), length, mask, seed=seed)
+        self.vocabulary = vocabulary or Vocabulary.build(corpus.train, vocab_size)
+
+        def blocks(split: str, size: int | None, seed: int) -> MaskedBlocks:
+            words = self.vocabulary.encode(getattr(corpus, split))
+            found = MaskedBlocks(words, length, self.vocabulary.mask, seed=seed)
+            found.blocks = found.blocks[draw(len(found), size, f"{split}_size")]
+            return found
+
+        self.train = blocks("train", train_size, seed)
         # Other seeds than training's, so that equal block numbers do not get equal masks.
-        self.valid = MaskedBlocks(encode(corpus.valid), length, mask, seed=seed + 1)
-        self.test = MaskedBlocks(encode(corpus.test), length, mask, seed=seed + 2)
+        self.valid = blocks("valid", valid_size, seed + 1)
+        self.test = blocks("test", test_size, seed + 2)
         if len(self.train) < batch_size:
             raise ValueError(
                 f"a batch needs {batch_size} blocks of {length} words, but the training split "
@@ -122,9 +145,10 @@ class MaskedText(L.LightningDataModule):
             )
 
     def describe(self) -> dict[str, int | str]:
-        """Return name, vocabulary size and blocks per split."""
+        """Return name, kind and size of the vocabulary, and blocks per split."""
         return {
             "name": self.source,
+            "tokens": self.vocabulary.kind,
             "vocabulary": len(self.vocabulary),
             "train_blocks": len(self.train),
             "valid_blocks": len(self.valid),
@@ -133,28 +157,14 @@ class MaskedText(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the training batches, shuffled per epoch."""
-        return ResumableLoader(
-            self.train,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.train), self.seed),
-            drop_last=True,
-            num_workers=self.num_workers,
-            # Without one of its own, a loader takes a number from the global random stream.
-            generator=torch.Generator(),
+        return training_batches(
+            self.train, len(self.train), self.batch_size, self.seed, self.num_workers
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the validation batches in order."""
-        return self._ordered(self.valid)
+        return ordered_batches(self.valid, self.batch_size, self.num_workers)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the test batches in order."""
-        return self._ordered(self.test)
-
-    def _ordered(self, blocks: MaskedBlocks) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(
-            blocks,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
+        return ordered_batches(self.test, self.batch_size, self.num_workers)

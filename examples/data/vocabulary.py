@@ -28,6 +28,8 @@ class Vocabulary:
         tensor([3, 0, 4, 1])
     """
 
+    kind = "words"
+
     def __init__(self, words: Iterable[str]) -> None:
         """Number the words."""
         self.words = tuple(words)

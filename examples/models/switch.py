@@ -57,6 +57,40 @@ class SwitchConfig(BertConfig):
         return math.ceil(self.capacity_factor * tokens / self.experts)
 
 
+#: (layers, hidden) of the sizes; "paper" is the MAT paper's, with 12 heads (table 4).
+SWITCH_PRESETS: dict[str, tuple[int, int]] = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "paper": (12, 768),
+}
+
+
+def switch_preset(
+    name: str,
+    *,
+    vocab_size: int = 30_522,
+    max_length: int = 512,
+    dropout: float = 0.1,
+    experts: int = 4,
+    capacity_factor: float = 1.5,
+) -> SwitchConfig:
+    """Return the configuration of a size.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> paper = switch_preset("paper")
+        >>> paper.layers, paper.heads, paper.experts, paper.capacity_factor
+        (12, 12, 4, 1.5)
+    """
+    if name not in SWITCH_PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(SWITCH_PRESETS)}")
+    layers, hidden = SWITCH_PRESETS[name]
+    return SwitchConfig(layers, hidden, vocab_size, max_length, dropout, experts, capacity_factor)
+
+
 class SwitchOutput(NamedTuple):
     """What the model returns.
 

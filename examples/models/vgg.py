@@ -54,6 +54,32 @@ class VGG16(nn.Module):
         return self.classifier(self.features(images).mean((2, 3)))
 
 
+def torchvision_vgg16(classes: int = 10, width: int = 64) -> nn.Module:
+    """Return torchvision's VGG16 with BatchNorm in the shape of :class:`VGG16`.
+
+    Its convolutions have a bias, which BatchNorm takes away again; the state of a :class:`VGG16`
+    loads into it but for those (``strict=False``).
+
+    Raises:
+        ModuleNotFoundError: If torchvision is not installed.
+    """
+    try:
+        from torchvision.models import vgg
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "torchvision's VGG16 needs the package `torchvision`, which is not installed: "
+            "pip install 'lightning-mat[vision]', or leave out torchvision=True"
+        ) from error
+    sizes: list[int | str] = []
+    for convolutions, wide in STAGES:
+        sizes += [wide * width] * convolutions + ["M"]
+    model = vgg.VGG(vgg.make_layers(sizes, batch_norm=True), classes, init_weights=True)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(STAGES[-1][1] * width, classes)
+    model.classifier.apply(_initialise)
+    return model
+
+
 def _initialise(module: nn.Module) -> None:
     """Draw convolutions from N(0, 2 / (9 · filters)), the classifier from N(0, 0.01²)."""
     if isinstance(module, nn.Conv2d):
