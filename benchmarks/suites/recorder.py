@@ -53,7 +53,6 @@ class Recorder(L.Callback):
         self.full_step_flops = 0.0
         self._episode = 0
         self._counting = ExitStack()
-        self._right: list[torch.Tensor] = []
 
     # ---- training ------------------------------------------------------------------------------
 
@@ -66,9 +65,6 @@ class Recorder(L.Callback):
         batch_idx: int,
     ) -> None:
         """Note who trained."""
-        accuracy = trainer.callback_metrics.get("train_accuracy")
-        if accuracy is not None:
-            self._right.append(accuracy.detach().clone())
         if isinstance(self.special, FullStepCost):
             self.full_step_flops = float(self.special.flops or 0)
             return
@@ -120,9 +116,9 @@ class Recorder(L.Callback):
             for name in ("loss", "accuracy")
             if f"val_{name}" in trainer.callback_metrics
         }
-        if self._right:
-            found["train_accuracy"] = number(torch.stack(self._right).mean())
-            self._right = []
+        seen = getattr(pl_module, "train_accuracy", None)
+        if seen is not None and seen.update_called:  # of the epoch so far
+            found["train_accuracy"] = number(seen.compute())
         better = self._better(found[self.metric])
         self.curve.append({"step": trainer.global_step, **self.cost(trainer.global_step), **found})
         if better:
@@ -170,7 +166,6 @@ class Recorder(L.Callback):
             "forward_flops": self.forward_flops,
             "full_step_flops": self.full_step_flops,
             "episode": self._episode,
-            "right": self._right,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,4 +174,4 @@ class Recorder(L.Callback):
         self.steps_trained = state_dict["steps_trained"]
         self.forward_flops = state_dict["forward_flops"]
         self.full_step_flops = state_dict["full_step_flops"]
-        self._episode, self._right = state_dict["episode"], list(state_dict["right"])
+        self._episode = state_dict["episode"]

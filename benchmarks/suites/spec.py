@@ -34,8 +34,6 @@ class Task:
         calendar: ``"steps"`` or ``"epochs"``.
         n_samples: Samples of a probe.
         points: Validations of a run, the last one after the last step.
-        valid_batches: Batches of a validation; None for the whole split.
-        test_batches: Batches of a test; None for the whole split.
         precision: Of the Trainer.
     """
 
@@ -51,8 +49,6 @@ class Task:
     n_samples: int
     calendar: str = "steps"
     points: int = 12
-    valid_batches: int | None = None
-    test_batches: int | None = None
     precision: str = "32-true"
 
     @property

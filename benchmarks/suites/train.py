@@ -96,8 +96,6 @@ def train(
         precision=task.precision,
         val_check_interval=every,
         check_val_every_n_epoch=None,
-        limit_val_batches=1.0 if task.valid_batches is None else task.valid_batches,
-        limit_test_batches=1.0 if task.test_batches is None else task.test_batches,
         # The stop is last: what the others noted of the step is in its checkpoint.
         callbacks=[
             *(recorder, clock, special),
