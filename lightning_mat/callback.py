@@ -5,30 +5,31 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_mat.engine import MAT
 from lightning_mat.gate.gate import SKIPS
 from lightning_mat.ledger import Ledger
-from lightning_mat.metrics import episode_metrics
+from lightning_mat.metrics import episode_metrics, run_summary
+from lightning_mat.mntk.alignment import check_alignment
 from lightning_mat.mntk.outputs import Forward, Output, check_output
 from lightning_mat.mntk.probe import check_settings
-from lightning_mat.mntk.samples import count_samples
 from lightning_mat.optim.waking import WAKING
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Policy
+from lightning_mat.presets import paper_settings
 from lightning_mat.report.keeper import Keeper
 from lightning_mat.report.store import Probe
+from lightning_mat.run import check_run, log_metrics, run_folder, samples_of
 from lightning_mat.sampling import check_loader, draw
-from lightning_mat.schedule import Schedule
+from lightning_mat.schedule import Schedule, steps_per_episode
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ class MATCallback(Callback):
             raise ValueError(
                 f"n_samples must be ≥ 2, got {n_samples}: an mNTK needs at least two samples"
             )
-        self.schedule = Schedule(every_n_epochs, every_n_steps, warmup_epochs)
+        own_steps = steps_per_episode(policy, every_n_epochs, every_n_steps)
+        self.schedule = Schedule(every_n_epochs, own_steps, warmup_epochs)
         if policy is not None and (alpha, beta, protect) != (0.1, 1e-3, True):
             raise ValueError(
                 "alpha, beta and protect belong to the default policy, but policy= is given, too: "
@@ -147,6 +149,8 @@ class MATCallback(Callback):
         check_output(output)
         check_settings(precision, memory)
         self.policy: Policy = MATPolicy(alpha, beta, protect=protect) if policy is None else policy
+        if getattr(self.policy, "needs_alignment", False):
+            check_alignment(output)
         self.n_samples, self.seed = n_samples, seed
         self.dry_run, self.probe_data = dry_run, probe_data
         self.keep_eigenvalues = keep_eigenvalues
@@ -166,7 +170,30 @@ class MATCallback(Callback):
         self._keeper = Keeper(None)
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
+        self._flops_of: dict[bytes, float] = {}
+        own = getattr(self.policy, "every_n_steps", None)
+        self._steps_alone = own is not None and not self.policy.needs_spectra
         self._step_before = 0
+
+    @classmethod
+    def paper(cls, which: str, **overrides: Any) -> MATCallback:
+        """Return a callback with the settings of one of the MAT paper's experiments.
+
+        Args:
+            which: ``"bert"``, ``"switch"`` or ``"vgg"``; :mod:`lightning_mat.presets` has the
+                settings and where the paper says them.
+            overrides: Arguments that replace those settings. A ``policy`` replaces the thresholds,
+                too, so that the paper's baselines run on its calendar:
+                ``MATCallback.paper("bert", policy=policies.Random(0.5))``.
+
+        Raises:
+            ValueError: If there is no such preset.
+
+        Example:
+            >>> MATCallback.paper("bert", n_samples=32).schedule.every_n_epochs
+            8
+        """
+        return cls(**paper_settings(which, overrides))
 
     # ---- when to probe ---------------------------------------------------------------------
 
@@ -180,22 +207,12 @@ class MATCallback(Callback):
         """Check that this run can be trained with MAT, and begin anew."""
         if stage != "fit":
             return
-        self._ledger, self._restored = Ledger(), None
+        self._ledger, self._flops_of, self._restored = Ledger(), {}, None
         self.schedule.begin()
         if self.mat is not None:
             for optimizer in self.mat.optimizers:
                 optimizer.unwrap()
-        others = [c for c in trainer.callbacks if isinstance(c, MATCallback)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise ValueError(
-                f"the trainer has {len(others)} MATCallbacks, but only one can decide which units "
-                "train: keep one"
-            )
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"MATCallback runs in one process so far, this run has {trainer.world_size}: use "
-                "Trainer(devices=1)"
-            )
+        check_run(trainer, MATCallback)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Partition the model and wrap its optimizers."""
@@ -208,8 +225,8 @@ class MATCallback(Callback):
             seed=self.seed,
             **self._engine_options,
         )
-        if isinstance(self.policy, MATPolicy):
-            self.policy.check_kinds(self.mat.part.kinds)
+        if (check_units := getattr(self.policy, "check_units", None)) is not None:
+            check_units(self.mat.table())
         if getattr(self.policy, "budget", None) is not None and not self.schedule.warmup_epochs:
             raise ValueError(
                 "a policy with a budget needs the cost of a full step, which is counted in the "
@@ -266,18 +283,18 @@ class MATCallback(Callback):
         """Account for the step."""
         self.schedule.end_batch(stepped=trainer.global_step != self._step_before)
         mat = self._mat()
-        samples = _samples(batch)
+        samples = samples_of(batch)
         share = float(mat.active.double().mean())
         if self._ledger.end(samples, share):
             per_sample = self._ledger.flops_per_sample
-            resting = float(mat.table().cost[~mat.active].sum())
-            if resting == 0 or mat.full_cost == 0:
-                mat.full_cost = per_sample + resting
+            self._flops_of[_key(mat.active)] = per_sample
+            if share == 1 or mat.full_cost == 0:
+                mat.full_cost = per_sample + float(mat.table().cost[~mat.active].sum())
             counted = {
                 "step_flops": per_sample * samples,
                 "full_step_flops": mat.full_cost * samples,
             }
-            self._log(trainer, counted, max(self.schedule.decided_at, 0))
+            log_metrics(trainer, counted, max(self.schedule.decided_at, 0))
         pl_module.log("trained", share, prog_bar=True, logger=False, batch_size=samples)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -341,16 +358,7 @@ class MATCallback(Callback):
             what rested in it, which is a lower bound.
             ``probes``: how many.
         """
-        mat = self._mat()
-        return {
-            "flops": self._ledger.flops + mat.probe_flops,
-            "probe_flops": mat.probe_flops,
-            "probe_seconds": mat.probe_seconds,
-            "seconds": self._ledger.seconds + mat.probe_seconds,
-            "trained_share": self._ledger.trained_share,
-            "full_step_flops": int(mat.full_cost),
-            "probes": mat.probes,
-        }
+        return run_summary(self._mat(), self._ledger)
 
     # ---- details ---------------------------------------------------------------------------
 
@@ -377,14 +385,16 @@ class MATCallback(Callback):
         mat = self._mat()
         before, probes = mat.decision, mat.probes
         spent = mat.probe_seconds
-        mat.probe.step_samples = _samples(batch)
+        mat.probe.step_samples = samples_of(batch)
         samples = self._samples_for_probe(trainer) if self.policy.needs_spectra else None
         decision = mat.update(samples, step=trainer.global_step, epoch=trainer.current_epoch)
         self.schedule.decided(trainer.global_step)
         if not torch.equal(before.active, decision.active):
-            self._ledger.recount()
+            self._recount()
+        if self._steps_alone and mat.episode > 1:
+            return  # the first of such episodes is logged, or there would be a row per step
         seconds = mat.probe_seconds - spent
-        self._log(trainer, episode_metrics(mat, seconds), trainer.global_step)
+        log_metrics(trainer, episode_metrics(mat, seconds), trainer.global_step)
         measured = mat.probes > probes and decision is not before
         if measured and mat.spectra is not None and trainer.is_global_zero:
             step, epoch = trainer.global_step, trainer.current_epoch
@@ -400,10 +410,13 @@ class MATCallback(Callback):
         batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch)
 
-    def _log(self, trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
-        for logger in trainer.loggers:
-            named = {f"mat/{name}": value for name, value in metrics.items()}
-            logger.log_metrics(named, step=step)
+    def _recount(self) -> None:
+        """Count the next batch, unless a policy of single steps comes back to what was counted."""
+        known = self._flops_of.get(_key(self._mat().active))
+        if known is not None and self._steps_alone:
+            self._ledger.flops_per_sample = known
+        else:
+            self._ledger.recount()
 
     def _close(self) -> None:
         self._ledger.close()
@@ -411,25 +424,6 @@ class MATCallback(Callback):
             self.mat.close()
 
 
-def run_folder(trainer: pl.Trainer) -> Path | None:
-    """Return the folder of a run, where its probes are kept; None for a run without a logger.
-
-    It is the first logger's folder: its ``log_dir``, or, like Lightning's checkpoints, ``name`` and
-    ``version`` below its ``save_dir`` where it has no folder of its own (Weights & Biases). Without
-    a logger, runs would pile up in one folder that nobody asked for.
-    """
-    if not trainer.loggers:
-        return None
-    folder, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.loggers[0]
-    if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        return folder
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return folder / str(logger.name) / version
-
-
-def _samples(batch: Any) -> int:
-    """Return the samples of a training batch, 1 where they cannot be told."""
-    try:
-        return max(count_samples(batch), 1)
-    except ValueError:
-        return 1
+def _key(active: Tensor) -> bytes:
+    """Return what tells units that train from others."""
+    return active.numpy().tobytes()

@@ -108,6 +108,7 @@ class MAT:
             backend=backend,
             step_samples=step_samples,
             seed=seed,
+            alignment=bool(getattr(self.policy, "needs_alignment", False)),
         )
         # Before the optimizers are wrapped: it may refuse.
         self.gate = Gate(model, self.part, skip=skip, freeze_bn=freeze_bn)
@@ -118,6 +119,7 @@ class MAT:
         self.history = History()
         self.spectra: Spectra | None = None
         self.decision = self._everything()
+        self._applied: Decision | None = None
         self.full_cost = 0.0
         self.episode = 0
         self.probes = 0
@@ -131,6 +133,11 @@ class MAT:
         if self.dry_run:
             return torch.ones(len(self.part), dtype=torch.bool)
         return self.decision.active
+
+    @property
+    def rates(self) -> torch.Tensor | None:
+        """Factor of each unit's learning rate, shape ``[L]``; None where all are 1."""
+        return None if self.dry_run else self.decision.rates
 
     def update(self, batch: Any, *, step: int, epoch: int = 0) -> Decision:
         """Begin an episode: measure, decide, and let the gate and the optimizers follow.
@@ -162,7 +169,9 @@ class MAT:
             self.history.append(self.spectra, step, epoch)
         self.decision = self.policy.decide(self.history, self.table(), self.episode)
         self.episode += 1
-        self.apply()
+        # A policy that decides in every step mostly decides what holds already.
+        if self._applied is None or not self._applied.trains_like(self.decision):
+            self.apply()
         return self.decision
 
     def prepare(self, batch: Any) -> None:
@@ -203,11 +212,14 @@ class MAT:
     def apply(self) -> None:
         """Make the gate and the optimizers follow the decision."""
         self.gate.apply(self.active)
+        rates = () if self.rates is None else (self.rates,)
         for optimizer in self.optimizers:
-            optimizer.apply(self.active)
+            optimizer.apply(self.active, *rates)
+        self._applied = self.decision
 
     def close(self) -> None:
         """Remove the gate: the model is an ordinary one, in which everything trains."""
+        self._applied = None
         self.gate.remove()
         everything = torch.ones(len(self.part), dtype=torch.bool)
         for optimizer in self.optimizers:

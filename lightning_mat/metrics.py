@@ -1,10 +1,11 @@
-"""What an episode's beginning looks like in numbers that a logger can draw."""
+"""What an episode's beginning and a whole run look like in numbers."""
 
 from __future__ import annotations
 
 import torch
 
 from lightning_mat.engine import MAT
+from lightning_mat.ledger import Ledger
 
 
 def episode_metrics(mat: MAT, seconds: float) -> dict[str, float]:
@@ -32,3 +33,16 @@ def episode_metrics(mat: MAT, seconds: float) -> dict[str, float]:
     for kind, threshold in mat.decision.thresholds.items():
         metrics[f"{kind}/threshold"] = threshold
     return metrics
+
+
+def run_summary(mat: MAT, ledger: Ledger) -> dict[str, float | int]:
+    """Return what a run has cost so far; see :meth:`lightning_mat.MATCallback.summary`."""
+    return {
+        "flops": ledger.flops + mat.probe_flops,
+        "probe_flops": mat.probe_flops,
+        "probe_seconds": mat.probe_seconds,
+        "seconds": ledger.seconds + mat.probe_seconds,
+        "trained_share": ledger.trained_share,
+        "full_step_flops": int(mat.full_cost),
+        "probes": mat.probes,
+    }

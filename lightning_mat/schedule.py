@@ -6,6 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def steps_per_episode(
+    policy: object, every_n_epochs: int = 1, every_n_steps: int | None = None
+) -> int | None:
+    """Return ``every_n_steps``: the policy's own if it has one, else what was given.
+
+    Args:
+        policy: A policy that means something on one calendar alone says so in ``every_n_steps``.
+        every_n_epochs: As given by the user.
+        every_n_steps: As given by the user.
+
+    Raises:
+        ValueError: If the user gave another calendar than the policy's.
+    """
+    own: int | None = getattr(policy, "every_n_steps", None)
+    if own is None:
+        return every_n_steps
+    if every_n_epochs != 1 or every_n_steps not in (None, own):
+        given = (
+            f"every_n_epochs={every_n_epochs}"
+            if every_n_steps is None
+            else f"every_n_steps={every_n_steps}"
+        )
+        raise ValueError(
+            f"{type(policy).__name__} decides every {own} optimizer steps, which is part of the "
+            f"method, but {given} is given: leave it out"
+        )
+    return own
+
+
 class Schedule:
     """Counts epochs or optimizer steps, and lets decisions change between optimizer steps only.
 

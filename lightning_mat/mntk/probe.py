@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mat.mntk.accumulate import Accumulator, Solved, default_workspace
+from lightning_mat.mntk.alignment import check_alignment, loss_alignment
 from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
 from lightning_mat.mntk.layout import Layout, sketch
@@ -65,10 +66,11 @@ class Probe:
         step_samples: Samples of a training step on this device; by default those of the probe.
         keep_gram: Keep the mNTKs themselves.
         seed: Of ``output="random"``.
+        alignment: Also measure ``Spectra.alignment``, which exists for ``output="loss"``.
 
     Raises:
-        ValueError: If an argument is none of those, the partition has no units, or a layer
-            normalises over the samples of a batch.
+        ValueError: If an argument is none of those, the partition has no units, a layer
+            normalises over the samples of a batch, or the output has no alignment.
     """
 
     def __init__(
@@ -84,9 +86,12 @@ class Probe:
         step_samples: int | None = None,
         keep_gram: bool = False,
         seed: int = 0,
+        alignment: bool = False,
     ) -> None:
         check_output(output)
         check_settings(precision, memory)
+        if alignment:
+            check_alignment(output)
         if not len(part):
             raise ValueError("the partition has no units: there is nothing to measure")
         for name, module in model.named_modules():
@@ -96,6 +101,7 @@ class Probe:
         self.precision, self.backend = precision, backend
         self.memory = None if memory == "auto" else int(memory)
         self.step_samples, self.keep_gram = step_samples, keep_gram
+        self.alignment = alignment
         self.modules, self.names = tracked_modules(model, tuple(part.owners), part.aliases)
         self._owners = {name: piece_table(owned) for name, owned in part.owners.items()}
         self._remaining = np.zeros(len(part), dtype=np.int64)
@@ -141,7 +147,11 @@ class Probe:
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
         grams = None if solved.grams is None else solved.grams.cpu()
-        return Spectra(self.part.names, solved.eigenvalues.cpu().clamp_min(0), cost, grams)
+        alignment = loss_alignment(grams) if self.alignment and grams is not None else None
+        if not self.keep_gram:
+            grams = None
+        values = solved.eigenvalues.cpu().clamp_min(0)
+        return Spectra(self.part.names, values, cost, grams, alignment)
 
     def prepare(self, batch: Any) -> None:
         """Look at the model, as the first measurement does, to find early what cannot be measured.
@@ -224,7 +234,7 @@ class Probe:
             dtype=dtype,
             precision=self.precision,
             workspace=max(MIN_WORKSPACE, plan.workspace * micro // samples),
-            keep_gram=self.keep_gram,
+            keep_gram=self.keep_gram or self.alignment,
             backend=self.backend,
         )
         cost = torch.zeros(len(self.part), dtype=torch.float64)
@@ -349,6 +359,7 @@ def mntk(
     backend: str = "auto",
     keep_gram: bool = False,
     seed: int = 0,
+    alignment: bool = False,
 ) -> Spectra:
     r"""Return the spectra of the modular neural tangent kernels of all units of a model.
 
@@ -371,6 +382,7 @@ def mntk(
         backend: ``"auto"``, ``"extension"`` or ``"eager"``.
         keep_gram: Also return the mNTKs, ``Spectra.gram``.
         seed: Of ``output="random"``.
+        alignment: Also return ``Spectra.alignment``, which exists for ``output="loss"``.
 
     Raises:
         ValueError: For bad arguments, fewer than two samples, or a layer without per-sample
@@ -389,6 +401,7 @@ def mntk(
         backend=backend,
         keep_gram=keep_gram,
         seed=seed,
+        alignment=alignment,
     )
     return probe.measure(batch)
 

@@ -22,10 +22,13 @@ class Spectra:
         cost: FLOPs per sample that computing each unit's weight gradient adds to a training step,
             float64, shape ``[L]``.
         gram: The mNTKs, shape ``[L, S, S]``, where they were asked for.
+        alignment: :math:`(u_1^\top r)^2`, float64, shape ``[L]``, where it was asked for: how far
+            the principal eigenvector points along the loss gradient r at the outputs; see
+            :mod:`lightning_mat.mntk.alignment`.
 
     Source:
         Shi et al., "Train Faster, Perform Better: Modular Adaptive Training in Over-Parameterized
-        Models" (NeurIPS 2023), definition 1.
+        Models" (NeurIPS 2023), definition 1; equation 3 for the alignment.
 
     Example:
         >>> s = Spectra(("a",), torch.tensor([[8.0, 2.0, 0.0]], dtype=torch.float64),
@@ -38,6 +41,7 @@ class Spectra:
     eigenvalues: Tensor
     cost: Tensor
     gram: Tensor | None = None
+    alignment: Tensor | None = None
 
     @property
     def lambda_max(self) -> Tensor:

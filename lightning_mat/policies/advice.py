@@ -19,6 +19,8 @@ class Rules(NamedTuple):
     """Units that the temporal policy rests, bool, shape ``[L]``."""
     thresholds: dict[str, float]
     """λ_α of each kind."""
+    measure: str
+    """What λ_α is a threshold of."""
 
     def extreme(self, members: list[int]) -> str:
         """Return "none" if none of them is below λ_α, "all" if all rest by either rule, or ""."""
@@ -56,7 +58,7 @@ def warn_about_extremes(
         if extreme == "none":
             warnings.warn(
                 f"the threshold rests none of the {len(members)} units of kind {kind!r}: every "
-                f"λ_max is at least {level}; set a higher alpha to rest some",
+                f"{rules.measure} is at least {level}; set a higher alpha to rest some",
                 stacklevel=3,
             )
         elif extreme == "all":

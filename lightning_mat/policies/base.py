@@ -15,16 +15,27 @@ if TYPE_CHECKING:
     from lightning_mat.policies.history import History
 
 # Reasons a unit trains ...
-INFORMATION = "λ_max ≥ λ_α"
+INFORMATION = "{measure} ≥ λ_α"
 PROTECTED = "protected"
 IN_BUDGET = "budget"
 DRAWN = "random"
 FULL = "full"
+RANKED = "ranked first"
+FAST = "fast"
+SLOW = "slow"
 # ... and reasons it rests.
 BELOW = "below λ_α"
 TEMPORAL = "temporal"
 OVER_BUDGET = "over budget"
 NOT_DRAWN = "not drawn"
+OUTRANKED = "outranked"
+BETWEEN = "between slow steps"
+
+# What thresholds are thresholds of, unless a decision says otherwise.
+LAMBDA_MAX = "λ_max"
+
+# In a decision's summary, in this order.
+_LISTED = (BELOW, TEMPORAL, OVER_BUDGET, NOT_DRAWN, OUTRANKED, FAST, SLOW, BETWEEN, PROTECTED)
 
 
 def compact(value: float) -> str:
@@ -138,9 +149,13 @@ class Decision:
         reasons: Why it trains or rests, length L.
         thresholds: λ_α of each kind, where the policy has one.
         kinds: Kind of each unit, length L.
+        rates: Factor of the learning rate of each unit that trains, positive, float64, shape
+            ``[L]``; None where all are 1.
+        measure: What the thresholds are thresholds of.
 
     Raises:
-        ValueError: If ``active`` is not a bool vector, or lengths differ.
+        ValueError: If ``active`` is not a bool vector, lengths differ, or a rate is not positive
+            and finite.
 
     Example:
         >>> decision = Decision(torch.tensor([True, False, False]),
@@ -154,9 +169,11 @@ class Decision:
     reasons: tuple[str, ...]
     thresholds: Mapping[str, float]
     kinds: tuple[str, ...]
+    rates: Tensor | None = None
+    measure: str = LAMBDA_MAX
 
     def __post_init__(self) -> None:
-        """Check lengths; hold a copy of what was given."""
+        """Check lengths and rates; hold a copy of what was given."""
         if self.active.dtype != torch.bool or self.active.ndim != 1:
             raise ValueError(
                 f"active must be a bool vector, got {self.active.dtype} of shape "
@@ -171,10 +188,27 @@ class Decision:
                 f"a decision needs one entry per unit, got {len(self.active)} flags, "
                 f"{len(self.reasons)} reasons and {len(self.kinds)} kinds"
             )
+        if self.rates is not None:
+            rates = self.rates.detach().to(device="cpu", dtype=torch.float64).clone()
+            if rates.shape != self.active.shape or not (rates.isfinite() & (rates > 0)).all():
+                raise ValueError(
+                    f"rates must hold a positive, finite factor for each of the {len(self)} units, "
+                    f"got {rates.tolist()[:4]} of shape {tuple(rates.shape)}: a unit that should "
+                    "not move rests (active is False)"
+                )
+            object.__setattr__(self, "rates", rates)
 
     def __len__(self) -> int:
         """Return the number of units, L."""
         return len(self.reasons)
+
+    def trains_like(self, other: Decision) -> bool:
+        """Return whether the same units train, at the same rates, whatever the reasons."""
+        if not torch.equal(self.active, other.active):
+            return False
+        if self.rates is None or other.rates is None:
+            return self.rates is other.rates
+        return torch.equal(self.rates, other.rates)
 
     def trained_share(self) -> float:
         """Return the share of units that train, in [0, 1]; 1.0 without units."""
@@ -200,9 +234,14 @@ class Decision:
             line = f"{kind}: {trained} of {total} train"
             if kind in self.thresholds:
                 line += f", λ_α = {compact(self.thresholds[kind])}"
-            listed = (BELOW, TEMPORAL, OVER_BUDGET, NOT_DRAWN, PROTECTED)
-            tallies = [f"{self.count(r, kind)} {r}" for r in listed if self.count(r, kind)]
-            lines.append(line + (f" ({', '.join(tallies)})" if tallies else ""))
+                line += "" if self.measure == LAMBDA_MAX else f" ({self.measure})"
+            tallies = [f"{self.count(r, kind)} {r}" for r in _LISTED if self.count(r, kind)]
+            line += f" ({', '.join(tallies)})" if tallies else ""
+            if self.rates is not None:
+                trains = [k == kind for k in self.kinds] & self.active.numpy()
+                fastest = float(self.rates[trains].max()) if trains.any() else 1.0
+                line += "" if fastest == 1 else f", at up to {compact(fastest)} × the learning rate"
+            lines.append(line)
         return "\n".join(lines)
 
     def digest(self) -> str:
@@ -213,10 +252,14 @@ class Decision:
             *self.kinds,
             *(f"{kind}={self.thresholds[kind].hex()}" for kind in sorted(self.thresholds)),
         ]
+        if self.measure != LAMBDA_MAX:
+            parts.append(f"measure {self.measure}")
+        if self.rates is not None:
+            parts += [rate.hex() for rate in self.rates.tolist()]
         return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the other decision has the same units, reasons and thresholds."""
+        """Return whether the other decision has the same units, reasons, thresholds and rates."""
         return isinstance(other, Decision) and self.digest() == other.digest()
 
     def __hash__(self) -> int:
@@ -230,12 +273,21 @@ class Decision:
             "reasons": list(self.reasons),
             "thresholds": dict(self.thresholds),
             "kinds": list(self.kinds),
+            "rates": None if self.rates is None else self.rates.clone(),
+            "measure": self.measure,
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Decision:
-        """Return the decision that :meth:`state_dict` described."""
-        return cls(state["active"], state["reasons"], state["thresholds"], state["kinds"])
+        """Return the decision that :meth:`state_dict` described, in this or an earlier version."""
+        return cls(
+            state["active"],
+            state["reasons"],
+            state["thresholds"],
+            state["kinds"],
+            state.get("rates"),
+            state.get("measure", LAMBDA_MAX),
+        )
 
 
 @runtime_checkable
@@ -244,6 +296,16 @@ class Policy(Protocol):
 
     The same history, units and episode give the same decision, in every process and after every
     resume: a policy keeps no state of its own and draws from no shared random stream.
+
+    A policy may have more, which counts as absent where it is not there:
+
+    - ``every_n_steps``, a whole number: the optimizer steps per episode of a policy that only makes
+      sense on this calendar; :class:`~lightning_mat.MATCallback` follows it.
+    - ``needs_alignment``, a bool: whether probes must measure ``Spectra.alignment``, which exists
+      for ``output="loss"``.
+    - ``budget``, a number or None: with one, the cost of a full step must be known.
+    - ``check_units(units)``, which raises a ValueError where the policy does not fit the units of a
+      run; called once, at its start.
     """
 
     @property

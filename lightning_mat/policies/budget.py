@@ -1,4 +1,4 @@
-"""Spending a budget: the units that give the most λ_max per FLOP."""
+"""Spending a budget: the units that give the most of a criterion, λ_max, per FLOP."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lightning_mat.policies.base import UnitTable
 _ROUNDING = 1e-12
 
 
-def within_budget(lambda_max: Tensor, units: UnitTable, budget: float, first: Tensor) -> Tensor:
+def within_budget(values: Tensor, units: UnitTable, budget: float, first: Tensor) -> Tensor:
     r"""Return the units to train so that a step costs at most a share of a full step.
 
     .. math:: \frac{C - \sum_{l\ \text{rests}} c_l}{C} \le \text{budget},
 
     with C the cost of a full step and c_l that of training unit l. The units of ``first`` train in
-    any case; the others are taken by falling λ_max / c_l (free ones before all, the first of
+    any case; the others are taken by falling value / c_l (free ones before all, the first of
     equals), each if it still fits. So no unit rests that would fit into what is left.
 
     If the units of ``first`` alone exceed the budget, they train alone.
 
     Args:
-        lambda_max: Principal eigenvalues at the newest probe, shape ``[L]``.
+        values: The criterion, e.g. principal eigenvalues, at the newest probe, shape ``[L]``.
         units: The L units; ``full_cost`` must be known.
         budget: Share of a full step, in (0, 1].
         first: Units to train whatever they cost, bool, shape ``[L]``.
@@ -48,7 +48,7 @@ def within_budget(lambda_max: Tensor, units: UnitTable, budget: float, first: Te
             f"budget={budget} needs the cost of a full training step, which is unknown "
             "(full_cost is 0.0): count its FLOPs first, or use alpha instead of budget"
         )
-    cost, value = units.cost.tolist(), lambda_max.tolist()
+    cost, value = units.cost.tolist(), values.tolist()
     base = units.full_cost - math.fsum(cost)
     if base < -_ROUNDING * units.full_cost:
         raise ValueError(

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from lightning_mat.mntk.spectra import Spectra
 
 _SERIES = ("lambda_max", "lambda_min", "trace", "effective_rank")
+_ALIGNMENT = "alignment"
 
 
 class History:
     """Scalars of every unit's spectrum at every probe: P probes of L units.
 
-    Eigenvalues are not kept: 32 bytes per unit and probe are, 0.5 MB for a hundred probes of 144
+    Eigenvalues are not kept: 40 bytes per unit and probe are, 0.6 MB for a hundred probes of 144
     units.
 
     Attributes:
@@ -26,6 +27,7 @@ class History:
         lambda_min: Smallest eigenvalues, float64, shape ``[P, L]``.
         trace: Sums of the eigenvalues, float64, shape ``[P, L]``.
         effective_rank: Effective ranks, float64, shape ``[P, L]``.
+        alignment: (u₁ᵀr)², float64, shape ``[P, L]``, NaN for probes that did not measure it.
         step: Optimizer steps done when each probe was taken, length P.
         epoch: Epoch in which each probe was taken, length P.
 
@@ -45,6 +47,7 @@ class History:
         self.lambda_min: Tensor = torch.zeros(0, 0, dtype=torch.float64)
         self.trace: Tensor = torch.zeros(0, 0, dtype=torch.float64)
         self.effective_rank: Tensor = torch.zeros(0, 0, dtype=torch.float64)
+        self.alignment: Tensor = torch.zeros(0, 0, dtype=torch.float64)
         self.step: list[int] = []
         self.epoch: list[int] = []
 
@@ -68,6 +71,10 @@ class History:
         if len(self):
             _check_names(self.names, names)
         rows = {s: _row(getattr(spectra, s), names, s) for s in _SERIES}
+        if spectra.alignment is None:
+            rows[_ALIGNMENT] = torch.full((len(names),), torch.nan, dtype=torch.float64)
+        else:
+            rows[_ALIGNMENT] = _row(spectra.alignment, names, _ALIGNMENT)
         for series, row in rows.items():
             before = getattr(self, series) if len(self) else row.new_zeros(0, len(names))
             setattr(self, series, torch.cat([before, row[None]]))
@@ -92,7 +99,7 @@ class History:
         """Return tensors and plain types; loads under ``torch.load(weights_only=True)``."""
         return {
             "names": list(self.names),
-            **{series: getattr(self, series).clone() for series in _SERIES},
+            **{series: getattr(self, series).clone() for series in (*_SERIES, _ALIGNMENT)},
             "step": list(self.step),
             "epoch": list(self.epoch),
         }
@@ -104,14 +111,18 @@ class History:
             ValueError: If its parts do not fit together. The history is then unchanged.
         """
         names, step, epoch = state["names"], state["step"], state["epoch"]
-        shapes = {series: tuple(state[series].shape) for series in _SERIES}
+        series_of = {series: state[series] for series in _SERIES}
+        # States of earlier versions do not have it.
+        missing = torch.full_like(state["lambda_max"], torch.nan)
+        series_of[_ALIGNMENT] = state.get(_ALIGNMENT, missing)
+        shapes = {series: tuple(values.shape) for series, values in series_of.items()}
         if len(step) != len(epoch) or set(shapes.values()) != {(len(step), len(names))}:
             raise ValueError(
                 f"a history of {len(step)} steps, {len(epoch)} epochs and {len(names)} units "
                 f"cannot hold series of shapes {shapes}: the state is damaged"
             )
-        for series in _SERIES:
-            setattr(self, series, state[series].to(device="cpu", dtype=torch.float64).clone())
+        for series, values in series_of.items():
+            setattr(self, series, values.to(device="cpu", dtype=torch.float64).clone())
         self.names = tuple(names)
         self.step = [int(s) for s in step]
         self.epoch = [int(e) for e in epoch]

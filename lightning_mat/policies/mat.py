@@ -23,6 +23,12 @@ from lightning_mat.policies.base import (
     UnitTable,
 )
 from lightning_mat.policies.budget import within_budget
+from lightning_mat.policies.criteria import (
+    check_criterion,
+    criterion_floors,
+    criterion_label,
+    criterion_values,
+)
 from lightning_mat.policies.history import History
 from lightning_mat.policies.protect import protected, strongest
 from lightning_mat.policies.temporal import settled
@@ -52,6 +58,11 @@ class MAT:
 
     A reason is given per unit. One that both policies rest is listed as ``below λ_α``.
 
+    With another criterion than the paper's, its values stand in the place of λ_max in both
+    policies, in protection and in the budget, and λ̃_min is the smallest of what smallest
+    eigenvalues have of it (:mod:`~lightning_mat.policies.criteria`). Criteria differ in range
+    (coherence is in [1/S, 1]): an α that was chosen for one says little about another.
+
     Args:
         alpha: α in (0, 1), or ``"auto"`` for the widest gap between the kind's log λ_max
             (:func:`~lightning_mat.policies.threshold.gap_threshold`), or a mapping from every kind
@@ -63,9 +74,14 @@ class MAT:
             beta and permanent are not used): the units with the most λ_max per FLOP train, as far
             as the budget goes, protected ones first
             (:func:`~lightning_mat.policies.budget.within_budget`).
+        criterion: What units are compared by: ``"lambda_max"``, ``"coherence"`` or
+            ``"trainability"``, which needs probes with ``output="loss"``.
+        per_flop: Compare the criterion per FLOP that training the unit costs. Units that cost
+            nothing place no threshold, and are above it unless their criterion is 0. Not with a
+            budget, which always compares so.
 
     Raises:
-        ValueError: If a value is outside its range.
+        ValueError: If a value is outside its range, or a budget comes with ``per_flop=True``.
 
     Warns:
         UserWarning: When α rests none of a kind's units, both policies together rest all of them,
@@ -92,8 +108,15 @@ class MAT:
     permanent: bool = False
     protect: bool = True
     budget: float | None = None
+    criterion: str = "lambda_max"
+    per_flop: bool = False
 
     needs_spectra: ClassVar[bool] = True
+
+    @property
+    def needs_alignment(self) -> bool:
+        """Whether probes must measure the alignment with the loss gradient."""
+        return self.criterion == "trainability"
 
     def __post_init__(self) -> None:
         """Check every value; hold copies of the mappings."""
@@ -111,6 +134,15 @@ class MAT:
                 f"budget must be in (0, 1], got {self.budget}: it is the share of a full training "
                 "step's FLOPs, e.g. 0.8"
             )
+        check_criterion(self.criterion)
+        if self.budget is not None and self.per_flop:
+            raise ValueError(
+                f"budget={self.budget} compares units per FLOP in any case: leave per_flop out"
+            )
+
+    def check_units(self, units: UnitTable) -> None:
+        """Check that the policy fits the units; see :meth:`check_kinds`."""
+        self.check_kinds(units.kinds)
 
     def check_kinds(self, kinds: Iterable[str]) -> None:
         """Check that the mappings of alpha and beta name exactly the kinds there are.
@@ -155,46 +187,62 @@ class MAT:
         """
         self.check_kinds(units.kinds)
         history.check_against(units.names)
+        values = criterion_values(history, units, self.criterion, self.per_flop)
         if self.budget is not None:
-            return self._spend(history, units, self.budget)
-        rules = self._rules(history, units, len(history) - 1)
-        before = self._rules(history, units, len(history) - 2) if len(history) > 1 else None
+            return self._spend(values, units, self.budget)
+        floors = criterion_floors(history, units, self.criterion, self.per_flop)
+        rules = self._rules(values, floors, units)
+        before = self._rules(values[:-1], floors[:-1], units) if len(history) > 1 else None
         warn_about_extremes(rules, before, units, self.protect)
         active = ~(rules.below | rules.settled)
         wake = torch.zeros_like(active)
         if self.protect:
-            wake = protected(active, history.lambda_max[-1], units)
+            wake = protected(active, values[-1], units)
+        above = INFORMATION.format(measure=rules.measure)
         rows = zip(wake.tolist(), rules.below.tolist(), rules.settled.tolist(), strict=True)
         reasons = tuple(
-            PROTECTED if kept else BELOW if small else TEMPORAL if still else INFORMATION
+            PROTECTED if kept else BELOW if small else TEMPORAL if still else above
             for kept, small, still in rows
         )
-        return Decision(active | wake, reasons, rules.thresholds, units.kinds)
+        return Decision(
+            active | wake, reasons, rules.thresholds, units.kinds, measure=rules.measure
+        )
 
-    def _rules(self, history: History, units: UnitTable, t: int) -> Rules:
-        """Return what both policies say of each unit after probe t, before protection."""
+    def _rules(self, values: Tensor, floors: Tensor, units: UnitTable) -> Rules:
+        """Return what both policies say of each unit after the last probe, before protection.
+
+        Args:
+            values: The criterion at the probes, shape ``[P, L]``.
+            floors: That of the smallest eigenvalues, shape ``[P, L]``.
+            units: The L units.
+        """
         below = torch.zeros(len(units), dtype=torch.bool)
         still = torch.zeros(len(units), dtype=torch.bool)
         thresholds = {}
         for kind, members in units.by_kind().items():
             alpha = self.alpha[kind] if isinstance(self.alpha, Mapping) else self.alpha
             beta = self.beta[kind] if isinstance(self.beta, Mapping) else self.beta
-            series = history.lambda_max[: t + 1, members]
-            largest, smallest = series[t].tolist(), history.lambda_min[t, members].tolist()
-            if isinstance(alpha, str):
+            series, newest = values[:, members], values[-1, members]
+            # Units that cost nothing have Inf per FLOP: they place no threshold.
+            counted = newest.isfinite()
+            largest = newest[counted].tolist()
+            smallest = floors[-1, members][counted].tolist()
+            if not largest:
+                thresholds[kind] = 0.0
+            elif isinstance(alpha, str):
                 thresholds[kind] = gap_threshold(largest)
             else:
                 thresholds[kind] = eigenvalue_threshold(largest, smallest, alpha)
-            below[members] = series[t] < thresholds[kind]
+            below[members] = newest < thresholds[kind]
             still[members] = settled(series, beta, permanent=self.permanent)
-        return Rules(below, still, thresholds)
+        return Rules(below, still, thresholds, criterion_label(self.criterion, self.per_flop))
 
-    def _spend(self, history: History, units: UnitTable, budget: float) -> Decision:
+    def _spend(self, values: Tensor, units: UnitTable, budget: float) -> Decision:
         """Return the decision under a budget."""
-        first = self._kept(history.lambda_max[-1], units)
-        active = within_budget(history.lambda_max[-1], units, budget, first)
+        first = self._kept(values[-1], units)
+        active = within_budget(values[-1], units, budget, first)
         least = units.cost_share(first)
-        kept_before = self._kept(history.lambda_max[-2], units) if len(history) > 1 else None
+        kept_before = self._kept(values[-2], units) if len(values) > 1 else None
         if least > budget and (kept_before is None or units.cost_share(kept_before) <= budget):
             warn_about_budget(least, budget, self.protect)
         reasons = tuple(
@@ -203,10 +251,10 @@ class MAT:
         )
         return Decision(active, reasons, {}, units.kinds)
 
-    def _kept(self, lambda_max: Tensor, units: UnitTable) -> Tensor:
+    def _kept(self, values: Tensor, units: UnitTable) -> Tensor:
         """Return the units that train under any budget, bool, shape [L]."""
         if self.protect:
-            return strongest(lambda_max, units)
+            return strongest(values, units)
         return torch.zeros(len(units), dtype=torch.bool)
 
 

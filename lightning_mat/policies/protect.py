@@ -8,32 +8,32 @@ from torch import Tensor
 from lightning_mat.policies.base import UnitTable
 
 
-def strongest(lambda_max: Tensor, units: UnitTable) -> Tensor:
-    """Return which unit of each (layer, kind) has the largest λ_max; of equals, the first.
+def strongest(criterion: Tensor, units: UnitTable) -> Tensor:
+    """Return which unit of each (layer, kind) has the largest criterion; of equals, the first.
 
     Args:
-        lambda_max: Principal eigenvalues at the newest probe, shape ``[L]``.
+        criterion: λ_max, or what else units are compared by, at the newest probe, shape ``[L]``.
         units: The L units.
 
     Returns:
         bool, shape ``[L]``, exactly one True per (layer, kind).
     """
     keep = torch.zeros(len(units), dtype=torch.bool)
-    values = lambda_max.tolist()
+    values = criterion.tolist()
     for members in units.by_layer_and_kind().values():
         keep[max(members, key=values.__getitem__)] = True
     return keep
 
 
-def protected(active: Tensor, lambda_max: Tensor, units: UnitTable) -> Tensor:
+def protected(active: Tensor, criterion: Tensor, units: UnitTable) -> Tensor:
     """Return the units to wake so that each (layer, kind) trains at least one.
 
-    Where every unit of a (layer, kind) rests, that is the one with the largest λ_max; elsewhere
+    Where every unit of a (layer, kind) rests, that is the one with the largest criterion; elsewhere
     nobody. A unit alone in its (layer, kind) therefore never rests under this rule.
 
     Args:
         active: Whether each unit trains so far, bool, shape ``[L]``.
-        lambda_max: Principal eigenvalues at the newest probe, shape ``[L]``.
+        criterion: λ_max, or what else units are compared by, at the newest probe, shape ``[L]``.
         units: The L units.
 
     Returns:
@@ -43,7 +43,7 @@ def protected(active: Tensor, lambda_max: Tensor, units: UnitTable) -> Tensor:
         Shi et al., MAT (NeurIPS 2023), appendix B.1: "a protecting strategy that maintains the
         gradient of at least one head or expert in each layer".
     """
-    wake = strongest(lambda_max, units)
+    wake = strongest(criterion, units)
     for members in units.by_layer_and_kind().values():
         if active[members].any():
             wake[members] = False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_mat.policies.base import LAMBDA_MAX
 from lightning_mat.report.files import write_whole
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class SpectraData:
         effective_rank: Effective ranks, ``[P, L]``.
         active: Whether a unit trained in the episode after the probe, bool ``[P, L]``.
         reasons: Why, P tuples of length L.
-        thresholds: λ_α of each kind, ``[P]`` each, NaN where the policy had none.
+        thresholds: λ_α of each kind, ``[P]`` each, NaN where the policy had none, or compared units
+            by something else than λ_max.
         eigenvalues: All eigenvalues, ``[P, L, S]``, NaN beyond a probe's own S; None if not kept.
     """
 
@@ -229,6 +231,8 @@ def _arrays_of(probe: Probe) -> dict[str, NDArray[Any]]:
     """Return the arrays of a file that holds this probe alone."""
     units, decision = probe.units, probe.decision
     reason_names = list(dict.fromkeys(decision.reasons))
+    # Pictures draw them over λ_max.
+    thresholds = decision.thresholds if decision.measure == LAMBDA_MAX else {}
     kind_names = list(dict.fromkeys(units.kinds))
     return {
         "format": np.array(_FORMAT),
@@ -243,7 +247,7 @@ def _arrays_of(probe: Probe) -> dict[str, NDArray[Any]]:
         **{s: getattr(probe.spectra, s).detach().cpu().double().numpy()[None] for s in _SERIES},
         "active": decision.active.numpy()[None],
         "reason": np.array([[reason_names.index(r) for r in decision.reasons]], dtype=np.uint16),
-        "thresholds": np.array([[decision.thresholds.get(k, np.nan) for k in kind_names]]),
+        "thresholds": np.array([[thresholds.get(k, np.nan) for k in kind_names]]),
     }
 
 
