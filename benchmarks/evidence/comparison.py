@@ -1,0 +1,152 @@
+"""Tables of the suites that compare methods on one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.evidence.facts import Facts, sorted_facts
+from benchmarks.evidence.words import NONE, interval, percent, plain, signed
+from benchmarks.suites.results import Line
+from benchmarks.suites.stats import estimate, reached
+from benchmarks.tabular import markdown
+
+#: Pairs that a sceptic asks for: the method, and what it has to beat.
+PAIRS = (
+    ("mat", "short"),
+    ("mat", "random"),
+    ("mat", "matched"),
+    ("mat", "bottom"),
+    ("mat", "multirate"),
+    ("mat", "lower-half"),
+    ("mat-units", "short-units"),
+    ("mat-units", "random-units"),
+    ("mat-auto", "mat-units"),
+    ("mat-budget", "mat-units"),
+)
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """Return what every method reached and cost, and who beats whom, per task."""
+    parts = []
+    for facts in sorted_facts(lines):
+        parts += [f"#### {facts.title}, `--scale {facts.scale}`, {facts.device}", sizes(facts)]
+        parts += [results(facts), target(facts)]
+        if facts.task["model"] == "vgg":
+            parts.append(train_accuracy(facts))
+        parts.append(pairs(facts))
+    return "\n\n".join(part for part in parts if part)
+
+
+def sizes(facts: Facts) -> str:
+    """Return what was trained, in a line."""
+    task = facts.task
+    line = next(line for seeds in facts.lines.values() for line in seeds.values())
+    corpus = ", ".join(f"{key} {value}" for key, value in line["corpus"].items())
+    size = ", ".join(f"{key} {value}" for key, value in task["size"].items() if value is not None)
+    every = f"after {task['first']} {task['calendar']}, then every {task['every']}"
+    return (
+        f"{size}; {corpus}; {task['steps']} steps of {task['batch_size']} samples, "
+        f"{task['precision']}; units: {task['units']}, episodes {every}, "
+        f"{task['n_samples']} samples per probe."
+    )
+
+
+def results(facts: Facts) -> str:
+    """Return test results and costs of all methods."""
+    rows = []
+    for method, seeds in facts.lines.items():
+        difference = facts.versus(method, "full")
+        own = method == "full"
+        shares = [line["probe_seconds"] / line["seconds"] for line in seeds.values()]
+        rows.append(
+            [
+                f"`{method}`",
+                str(len(seeds)),
+                plain(facts.mean(method, facts.result), 4),
+                NONE if own else signed(difference),
+                NONE if own else interval(difference),
+                NONE if own else facts.verdict(difference),
+                percent(facts.ratio(method, "full", lambda line: line["seconds"]).mean),
+                percent(facts.ratio(method, "full", lambda line: line["flops"]).mean),
+                percent(facts.ratio(method, "full", lambda line: line["paper_flops"]).mean),
+                percent(estimate(shares).mean, 1),
+                percent(facts.mean(method, lambda line: line["trained_share"]).mean),
+            ]
+        )
+    head = [
+        *("method", "seeds", f"test {facts.metric}", "− full", "95% interval", "says"),
+        *("seconds", "FLOPs counted", "FLOPs, paper's rule", "probes", "units trained"),
+    ]
+    return markdown(head, rows)
+
+
+def target(facts: Facts) -> str:
+    """Return what it took to reach the full run's best validation result."""
+    rows = []
+    for method, seeds in facts.lines.items():
+        cells = [f"`{method}`"]
+        for cost in ("seconds", "flops", "paper_flops"):
+            found = facts.until_target(method, cost)
+            there = [share for share in found.values() if share is not None]
+            cells.append(plain(estimate([100 * share for share in there]), 0, "%"))
+        found = facts.until_target(method, "step")
+        cells.append(f"{sum(v is not None for v in found.values())} of {len(seeds)}")
+        equal = facts.at_equal_seconds(method)
+        cells += [NONE, NONE] if method == "full" else [signed(equal), facts.verdict(equal)]
+        rows.append(cells)
+    head = [
+        *("until the full run's best validation result", "seconds", "FLOPs counted"),
+        *("FLOPs, paper's rule", "runs that got there"),
+        *(f"validation {facts.metric} at equal seconds − full", "says"),
+    ]
+    return markdown(head, rows)
+
+
+def train_accuracy(facts: Facts) -> str:
+    """Return what it took to a train accuracy of 95% and 99%, over an epoch."""
+    rows = []
+    for method in facts.lines:
+        cells = [f"`{method}`"]
+        for goal in (0.95, 0.99):
+            for cost, scale in (("seconds", 1.0), ("flops", 1e15)):
+                found = [
+                    reached_accuracy(line, goal, cost) for line in facts.lines[method].values()
+                ]
+                there = [value / scale for value in found if value is not None]
+                many = "" if len(there) == len(found) else f" ({len(there)} of {len(found)})"
+                cells.append(plain(estimate(there), 1 if scale == 1 else 4) + many)
+        rows.append(cells)
+    head = [
+        "until train accuracy",
+        *("95%: seconds", "95%: PFLOPs", "99%: seconds", "99%: PFLOPs"),
+    ]
+    return markdown(head, rows)
+
+
+def reached_accuracy(line: Line, goal: float, cost: str) -> float | None:
+    """Return the cost at which the train accuracy of an epoch first reaches a goal."""
+    return reached(line["curve"], "train_accuracy", goal, cost, more=True)
+
+
+def pairs(facts: Facts) -> str:
+    """Return who beats whom in the test result."""
+    rows = []
+    for method, base in PAIRS:
+        difference = facts.versus(method, base)
+        if difference.n:
+            rows.append(
+                [
+                    f"`{method}` − `{base}`",
+                    str(difference.n),
+                    signed(difference),
+                    interval(difference),
+                    facts.verdict(difference),
+                    percent(facts.ratio(method, base, lambda line: line["flops"]).mean),
+                    percent(facts.ratio(method, base, lambda line: line["seconds"]).mean),
+                ]
+            )
+    head = [
+        *(f"test {facts.metric}", "pairs", "difference", "95% interval", "says"),
+        *("FLOPs of the second", "seconds of the second"),
+    ]
+    return markdown(head, rows) if rows else ""
