@@ -52,9 +52,7 @@ def _plan(results: Mapping[str, Sequence[Line]]) -> list[tuple[str, Any]]:
                 line = runs[min(runs)] if runs else None
                 if line and line["episodes"]:
                     plan.append((f"{stem}-{method}-share.png", lambda line=line: share(line)))
-                    plan.append(
-                        (f"{stem}-{method}-trained.png", lambda line=line: histogram(line))
-                    )
+                    plan.append((f"{stem}-{method}-trained.png", lambda line=line: histogram(line)))
     return plan
 
 
@@ -86,9 +84,7 @@ def share(line: Line) -> Figure:
     """Draw the share of each layer's units that train, over the episodes (figure 1b)."""
     figure, (ax,) = _figure(1)
     keys = list(line["episodes"][0]["trained"])
-    rows = [
-        [e["trained"][key][0] / e["trained"][key][1] for e in line["episodes"]] for key in keys
-    ]
+    rows = [[e["trained"][key][0] / e["trained"][key][1] for e in line["episodes"]] for key in keys]
     picture = ax.imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis", origin="lower")
     ax.set_yticks(range(len(keys)), [key.replace("|", " ") for key in keys], fontsize="x-small")
     ax.set_xticks(range(len(line["episodes"])), [e["step"] for e in line["episodes"]])

@@ -27,7 +27,9 @@ def table(lines: Sequence[Line]) -> str:
                 percent(1 - saved.mean, 1),
                 percent(1 - paper.mean, 1),
                 percent(1 - seconds.mean, 1),
-                percent(facts.mean("mat", lambda line: line["probe_seconds"] / line["seconds"]).mean, 1),
+                percent(
+                    facts.mean("mat", lambda line: line["probe_seconds"] / line["seconds"]).mean, 1
+                ),
                 signed(facts.versus("mat", "full")),
             ]
         )

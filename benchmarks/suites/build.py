@@ -80,9 +80,7 @@ def _text(
             "bert-base-uncased: put it there and name the folder by --data"
         )
     words: WordPieces = read_pieces(vocabulary, corpus.train, pieces)
-    return MaskedText(
-        corpus, batch_size=batch_size, vocabulary=words, seed=seed, **arguments
-    )
+    return MaskedText(corpus, batch_size=batch_size, vocabulary=words, seed=seed, **arguments)
 
 
 def _images(

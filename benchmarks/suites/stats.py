@@ -60,7 +60,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(n, mean, error, mean - half, mean + half)
 
 
-def differences(values: Mapping[int, float | None], base: Mapping[int, float | None]) -> list[float]:
+def differences(
+    values: Mapping[int, float | None], base: Mapping[int, float | None]
+) -> list[float]:
     """Return value − base for every seed that has both, in order of the seeds.
 
     Example:
