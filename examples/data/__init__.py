@@ -1,1 +1,1 @@
-"""Text for the examples: where it comes from, its vocabulary, and masked blocks of it."""
+"""Text and images for the examples: where they come from, their form, and how batches are drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.data.cifar10_files import Split, read
 from examples.data.loader import ResumableLoader, as_fetched, ordered_batches, training_batches
+from examples.data.seeds import AUGMENTATION, mixed
 from examples.data.subset import check_size, draw_stratified
 
 #: Mean and standard deviation of the training images' red, green and blue, over 255.
@@ -96,7 +98,7 @@ class Images(Dataset[Batch]):
 
     def _draw(self, epoch: int) -> Tensor:
         """Return row, column and mirroring of every image in an epoch, int64, ``[3, N]``."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch, AUGMENTATION))
         window = torch.randint(2 * PADDING + 1, (2, len(self)), generator=generator)
         mirror = torch.randint(2, (1, len(self)), generator=generator)
         return torch.cat([window, mirror])
@@ -177,6 +179,13 @@ class Cifar10(L.LightningDataModule):
                 f"a batch needs {batch_size} images, but only {len(self.train)} are used for "
                 "training: lower batch_size or raise train_size"
             )
+
+    def with_seed(self, seed: int) -> Cifar10:
+        """Return the same images with another order and augmentation, without reading them anew."""
+        other = copy(self)
+        other.seed, other.train = seed, copy(self.train)
+        other.train.seed = seed
+        return other
 
     def describe(self) -> dict[str, int | str | bool]:
         """Return name, augmentation and images per split."""

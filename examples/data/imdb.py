@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -202,6 +203,12 @@ class Imdb(L.LightningDataModule):
                 "training: lower batch_size or raise train_size"
             )
         self.train, self.valid, self.test = (Rows(part, tokenizer, seq_len) for part in parts)
+
+    def with_seed(self, seed: int) -> Imdb:
+        """Return the same reviews in another order, without tokenising them anew."""
+        other = copy(self)
+        other.seed = seed
+        return other
 
     def describe(self) -> dict[str, int | str]:
         """Return name, pieces in a row, and reviews per split."""

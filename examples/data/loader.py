@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from examples.data.seeds import mixed
+
 
 class EpochSampler(Sampler[int]):
     """Yields ``epoch · n + i`` for every ``i`` in ``range(n)``, in an order drawn per epoch.
@@ -43,7 +45,7 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over the epoch, without the first ``skip`` samples."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        generator = torch.Generator().manual_seed(mixed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator)[self.skip :]
         return iter((order + self.epoch * self.n).tolist())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from copy import copy
 
 import lightning as L
 import torch
@@ -143,6 +144,16 @@ class MaskedText(L.LightningDataModule):
                 f"a batch needs {batch_size} blocks of {length} words, but the training split "
                 f"fills only {len(self.train)}: lower --batch-size or --seq-len"
             )
+
+    def with_seed(self, seed: int) -> MaskedText:
+        """Return the same blocks with another order and other masks, without encoding them anew."""
+        other = copy(self)
+        other.seed = seed
+        for split, its_seed in (("train", seed), ("valid", seed + 1), ("test", seed + 2)):
+            blocks = copy(getattr(self, split))
+            blocks.seed = its_seed
+            setattr(other, split, blocks)
+        return other
 
     def describe(self) -> dict[str, int | str]:
         """Return name, kind and size of the vocabulary, and blocks per split."""

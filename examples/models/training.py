@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from examples.data.seeds import mixed
+
 Factor = Callable[[int], float]
 
 
@@ -17,7 +19,7 @@ class Example(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the dropout masks by step, so that a resumed run continues with the same ones."""
-        torch.manual_seed((self.hparams["seed"] << 32) + self.global_step)
+        torch.manual_seed(mixed(self.hparams["seed"], self.global_step))
 
 
 def scheduled(optimizer: torch.optim.Optimizer, factor: Factor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from examples.models import bert
 from examples.models.bert import Bert, BertConfig, preset
+from examples.models.hf_bert import HuggingFaceBert
 
 
 def parameters(config: BertConfig) -> int:
@@ -83,55 +84,20 @@ def test_doctests():
 
 
 def test_logits_equal_those_of_transformers_bert():
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=50,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=512,
-            max_position_embeddings=16,
-        )
-    )
-    ours = Bert(preset("tiny", vocab_size=50, max_length=16))
-    state = theirs.state_dict()
+    pytest.importorskip("transformers")
+    config = preset("tiny", vocab_size=50, max_length=16)
+    ours, theirs = Bert(config), HuggingFaceBert(config)
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in ours.parameters():
             parameter.normal_(std=0.2)
-        state["bert.embeddings.token_type_embeddings.weight"].zero_()
-    names = {
-        "words": "bert.embeddings.word_embeddings",
-        "positions": "bert.embeddings.position_embeddings",
-        "embedding_norm": "bert.embeddings.LayerNorm",
-        "head.0": "cls.predictions.transform.dense",
-        "head.2": "cls.predictions.transform.LayerNorm",
-        "decoder": "cls.predictions.decoder",
-    }
-    for i in range(2):
-        inside = {
-            "attention.query": "attention.self.query",
-            "attention.key": "attention.self.key",
-            "attention.value": "attention.self.value",
-            "attention.out": "attention.output.dense",
-            "attention_norm": "attention.output.LayerNorm",
-            "ffn.fc1": "intermediate.dense",
-            "ffn.fc2": "output.dense",
-            "ffn_norm": "output.LayerNorm",
-        }
-        names |= {
-            f"layers.{i}.{our}": f"bert.encoder.layer.{i}.{their}" for our, their in inside.items()
-        }
-    copied = {}
-    for name in ours.state_dict():
-        module, kind = name.rsplit(".", 1)
-        copied[name] = state[f"{names[module]}.{kind}"]
-    ours.load_state_dict(copied)
+    theirs.copy_from(ours)
     ours.double().eval()
     theirs.double().eval()
     words = torch.randint(50, (3, 12))
+    positions = torch.stack([torch.randperm(12)[:4] for _ in range(3)])
     with torch.no_grad():
-        torch.testing.assert_close(ours(words), theirs(words).logits, rtol=1e-9, atol=1e-9)
+        for arguments in ((words,), (words, positions)):
+            torch.testing.assert_close(ours(*arguments), theirs(*arguments), rtol=1e-9, atol=1e-9)
     # Nothing but the segment embedding is missing.
     count = sum(p.numel() for p in theirs.parameters()) - 2 * 128
     assert sum(p.numel() for p in ours.parameters()) == count

@@ -5,13 +5,14 @@ import doctest
 import pytest
 import torch
 
-from examples.data import loader, masking
+from examples.data import loader, masking, seeds
 from examples.data.corpus import read_directory
 from examples.data.loader import EpochSampler, ResumableLoader
 from examples.data.masking import MaskedBlocks, MaskedText
+from examples.data.seeds import mixed
 
 
-@pytest.mark.parametrize("module", [loader, masking])
+@pytest.mark.parametrize("module", [loader, masking, seeds])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -75,6 +76,27 @@ def make(blocks):
     return ResumableLoader(
         blocks, batch_size=3, sampler=EpochSampler(len(blocks), seed=1), drop_last=True
     )
+
+
+def test_order_is_drawn_per_seed():
+    orders = {tuple(EpochSampler(20, seed)) for seed in (0, 1, 2, 2**31 - 1)}
+    assert len(orders) == 4
+
+
+def test_every_seed_epoch_and_purpose_has_its_own_stream():
+    found = {mixed(s, n, p) for s in range(50) for n in range(0, 100_000, 97) for p in range(2)}
+    assert len(found) == 50 * len(range(0, 100_000, 97)) * 2
+
+
+def test_another_seed_is_as_if_made_with_it(data_dir):
+    corpus = read_directory(data_dir)
+    first, wanted = (MaskedText(corpus, length=8, batch_size=4, seed=s) for s in (1, 2))
+    found = first.with_seed(2)
+    for split in ("train", "val", "test"):
+        loaders = [getattr(text, f"{split}_dataloader")() for text in (found, wanted, first)]
+        pairs = list(zip(*loaders, strict=True))
+        assert all(same(a, b) for a, b, _ in pairs)
+        assert not all(same(a, c) for a, _, c in pairs)
 
 
 def test_order_is_drawn_per_epoch(blocks):
