@@ -1,4 +1,4 @@
-"""The five sentences that open BENCHMARKS.md, composed from the results so that they follow them."""
+"""The five sentences that open BENCHMARKS.md, composed from the results by code."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
         f"{len(means)} suites"
     )
     steps = [
-        f"{plain(step_ratio(list(facts.lines['interleaved'].values()), 'active'), 3)} ({where(facts)})"
-        for facts in sorted_facts(results.get("overhead", ()))
+        f"{plain(step_ratio(list(f.lines['interleaved'].values()), 'active'), 3)} ({where(f)})"
+        for f in sorted_facts(results.get("overhead", ()))
     ]
     if steps:
         text += f"; a step under the callback with everything active took {listed(steps)} of plain "

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from benchmarks.suites.pretrained import pretrained_bert, pretrained_switch
 from benchmarks.suites.spec import Task
 from examples.data.cifar10 import Cifar10
 from examples.data.corpus import read_directory, read_hub
@@ -97,11 +98,31 @@ def _reviews(
 
 
 def _bert(size: dict[str, Any], text: Any, steps: int, seed: int) -> L.LightningModule:
-    return BertMLM(vocab_size=len(text.vocabulary), max_steps=steps, seed=seed, **size)
+    """Make a BERT; ``pretrained`` is how many pretrained layers take the place of ``size``'s."""
+    layers = size.pop("pretrained", 0)
+    common = {"vocab_size": len(text.vocabulary), "max_steps": steps, "seed": seed}
+    if not layers:
+        return BertMLM(**common, **size)
+    module = BertMLM("tiny", **common, **size)
+    module.bert = pretrained_bert(layers, *_shape(module))
+    return module
 
 
 def _switch(size: dict[str, Any], text: Any, steps: int, seed: int) -> L.LightningModule:
-    return SwitchMLM(vocab_size=len(text.vocabulary), max_steps=steps, seed=seed, **size)
+    """Make a mixture; ``pretrained`` as for BERT."""
+    layers = size.pop("pretrained", 0)
+    common = {"vocab_size": len(text.vocabulary), "max_steps": steps, "seed": seed}
+    if not layers:
+        return SwitchMLM(**common, **size)
+    module = SwitchMLM("tiny", **common, **size)
+    module.switch = pretrained_switch(layers, *_shape(module))
+    return module
+
+
+def _shape(module: L.LightningModule) -> tuple[int, int, float]:
+    """Return vocabulary, length and dropout of a text module."""
+    h = module.hparams
+    return h["vocab_size"], h["max_length"], h["dropout"]
 
 
 def _vgg(size: dict[str, Any], text: Any, steps: int, seed: int) -> L.LightningModule:

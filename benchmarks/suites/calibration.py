@@ -106,13 +106,8 @@ def seconds(run: Run, cost: Costs) -> float:
     task = run.task
     if run.suite == "overhead":
         return 3 * ROUNDS * (task.steps * cost["step"] + cost["probe"])
-    probes = (
-        0
-        if task.calendar == "epochs"
-        else max(0, math.ceil((task.steps - task.first) / task.every))
-    )
-    if run.method.policy not in ("mat", "top", "bottom"):
-        probes = 0
+    measured = run.method.policy in ("mat", "top", "bottom") and task.calendar == "steps"
+    probes = max(0, math.ceil((task.steps - task.first) / task.every)) if measured else 0
     training = task.steps * cost["step"] + probes * cost["probe"]
     return training + task.points * cost["valid"] + 2 * cost["test"]
 

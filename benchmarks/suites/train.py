@@ -24,7 +24,7 @@ from lightning_mat import MATCallback
 from lightning_mat.report.environment import environment
 
 
-class TimeUp(Exception):
+class TimeIsUpError(Exception):
     """The time limit has come; the checkpoint is written."""
 
 
@@ -50,7 +50,7 @@ class _Stop(L.Callback):
             aside = self.path.with_suffix(".part")
             trainer.save_checkpoint(aside)
             os.replace(aside, self.path)
-            raise TimeUp
+            raise TimeIsUpError
 
 
 def train(
@@ -111,7 +111,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         trainer.fit(module, datamodule=text, ckpt_path=last if last.is_file() else None)
-    except TimeUp:
+    except TimeIsUpError:
         return None
     if recorder.curve[-1]["step"] != steps:
         trainer.validate(module, datamodule=text, verbose=False)
