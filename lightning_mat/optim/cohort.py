@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_mat.optim import pieces
-from lightning_mat.optim.pieces import divide
+from lightning_mat.optim.pieces import chunk_of_pool, divide
 from lightning_mat.optim.pool import Pool, Room
 from lightning_mat.optim.slabs import Box, History, Slab, boxes_of, history_of, is_elementwise
 from lightning_mat.units.unit import Rect, matrix_shape
-
-# So few pools have memory of their own: it is little, and their groups would cost calls.
-FEW_POOLS = 8
 
 
 class Cohort:
@@ -56,6 +52,8 @@ class Cohort:
         self.param = param
         self.members = members
         below = 0 if in_place else pieces.PACK_BELOW
+        if fused:
+            below = min(below, pieces.FUSED_PACK_BELOW)
         tensors = [param.detach(), *elementwise]
         self.pieces, self.boxes = divide(boxes, tensors, below=below, fused=fused)
         self.pools: list[Pool] = []
@@ -91,14 +89,20 @@ class Cohort:
 
 
 def pools_of(
-    cohorts: Sequence[Cohort], states: Mapping[Tensor, dict[str, Any]], *, share_room: bool
+    cohorts: Sequence[Cohort],
+    states: Mapping[Tensor, dict[str, Any]],
+    *,
+    share_room: bool,
+    fused: bool,
 ) -> list[Pool]:
     """Pool what cohorts of one parameter group have for it, and return the pools.
 
     Args:
         cohorts: The cohorts.
         states: Of the parameters, read only.
-        share_room: Whether the pools are stepped one after the other.
+        share_room: Whether the pools can be stepped one after the other; little ones are not: their
+            groups would cost calls.
+        fused: Whether the optimizer's kernel is fused.
     """
     alike: dict[tuple[object, ...], list[Cohort]] = {}
     for cohort in cohorts:
@@ -106,10 +110,16 @@ def pools_of(
             key = (cohort.history, cohort.param.dtype, cohort.param.device)
             alike.setdefault(key, []).append(cohort)
     pools: list[Pool] = []
-    chunks = [(together, parts) for together in alike.values() for parts in _in_chunks(together)]
+    chunks = [
+        (together, parts)
+        for together in alike.values()
+        for parts in _in_chunks(together, chunk_of_pool(together[0].param, fused=fused))
+    ]
     room = None
-    if share_room and len(chunks) > FEW_POOLS:
-        room = Room(max(map(_numel, (parts for _, parts in chunks))))
+    if share_room and chunks:
+        sizes = [_numel(parts) for _, parts in chunks]
+        if sum(sizes) > chunk_of_pool(chunks[0][0][0].param, fused=fused):
+            room = Room(Pool.room_for(max(sizes)))
     for together, parts in chunks:
         known = [states.get(cohort.param, {}) for cohort, _ in parts]
         members = [(cohort.param, boxes) for cohort, boxes in parts]
@@ -123,12 +133,10 @@ def _numel(parts: Sequence[tuple[Cohort, Sequence[Box]]]) -> int:
     return sum(cohort.param[box].numel() for cohort, boxes in parts for box in boxes)
 
 
-def _in_chunks(cohorts: Sequence[Cohort]) -> list[list[tuple[Cohort, list[Box]]]]:
-    """Divide what cohorts have for a pool into chunks, see :func:`pieces.chunk_of`."""
+def _in_chunks(cohorts: Sequence[Cohort], chunk: int) -> list[list[tuple[Cohort, list[Box]]]]:
+    """Divide what cohorts have for a pool into chunks."""
     chunks: list[list[tuple[Cohort, list[Box]]]] = []
     room = 0
-    on_cpu = cohorts[0].param.device.type == "cpu"
-    chunk = pieces.chunk_of(cohorts[0].param) if on_cpu else sys.maxsize
     for cohort in cohorts:
         values = cohort.param.detach()
         for box in cohort.boxes:

@@ -118,16 +118,49 @@ class MATOptimizer(Optimizer):
             _ELEMENTWISE.append(optimizer)
         return optimizer
 
-    def apply(self, active: Tensor | Sequence[bool]) -> None:
-        """Set which units train from the next step on.
+    def apply(
+        self, active: Tensor | Sequence[bool], rates: Tensor | Sequence[float] | None = None
+    ) -> None:
+        """Set which units train from the next step on, and how fast.
 
         Args:
             active: Which units train, bool, shape ``[L]``. All do until this is called.
+            rates: Factors of the learning rate, shape ``[L]``: a unit that trains is stepped with
+                ``group["lr"] * rate``, of those that rest nothing is read. None is 1 for all. What
+                no unit owns has the group's own learning rate, and so have the groups that
+                learning-rate schedulers see.
 
         Raises:
-            ValueError: If it is not a bool tensor of length L.
+            ValueError: If ``active`` is not a bool tensor of length L, or ``rates`` is none of L
+                numbers, finite and above 0 for each unit that trains, or a parameter group has no
+                learning rate for them.
         """
-        self._slicer.apply(self.part.check_active(active).tolist())
+        training = self.part.check_active(active)
+        self._slicer.apply(training.tolist(), self._check_rates(rates, training))
+
+    def _check_rates(self, rates: Tensor | Sequence[float] | None, active: Tensor) -> list[float]:
+        units = len(self.part)
+        if rates is None:
+            return [1.0] * units
+        factors = torch.as_tensor(rates, dtype=torch.float64).detach().cpu()
+        if factors.shape != (units,):
+            raise ValueError(
+                f"rates must have one factor for each of the {units} units, got shape "
+                f"{tuple(factors.shape)}"
+            )
+        wrong = active.cpu() & ~(factors.isfinite() & (factors > 0))
+        if wrong.any():
+            unit = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"rates must be finite and above 0 for units that train, got {factors[unit]} for "
+                f"{self.part.names[unit]!r}: a unit that is not to move rests (active=False)"
+            )
+        if any("lr" not in group for group in self.inner.param_groups):
+            raise ValueError(
+                f"rates are factors of a group's 'lr', and {type(self.inner).__name__} has a "
+                "parameter group without one: pass rates=None"
+            )
+        return [float(factor) for factor in factors]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the units that train.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,15 @@ from lightning_mat.optim.slabs import Box
 # loop over tensors) exceed the copies of its parameters and gradients: measured on a CPU.
 PACK_BELOW = 65_536
 
+# The same where a kernel is fused: it costs few calls, so that less is worth a copy.
+FUSED_PACK_BELOW = 16_384
+
 # Elements of a chunk on a CPU, see chunk_of; measured, and flat around its optimum.
 CHUNK = 131_072
+
+# The same where a kernel fuses the passes: what matters is that values and gradients stay in the
+# last cache until they are copied back, and that there are few calls.
+FUSED_CHUNK = 1_048_576
 
 # Chunks of a batch, see batches_of.
 BATCH = 2
@@ -64,6 +72,13 @@ def chunk_of(param: Tensor) -> int:
     if param.device.type != "cpu":
         return param.numel()
     return max(CHUNK, 32_768 * torch.get_num_threads())  # below that, torch leaves threads idle
+
+
+def chunk_of_pool(param: Tensor, *, fused: bool) -> int:
+    """Return how many elements a pool of parts of such parameters has at most."""
+    if param.device.type != "cpu":
+        return sys.maxsize
+    return max(chunk_of(param), FUSED_CHUNK) if fused else chunk_of(param)
 
 
 def batches_of(tensors: list[Tensor]) -> list[list[Tensor]]:

@@ -46,6 +46,7 @@ class Slicer:
         self.inner = inner
         self.part = part
         self.active: list[bool] = [True] * len(part)
+        self.rates: list[float] = [1.0] * len(part)
         self.names: dict[Tensor, str] = {params[name]: name for name in part.owners}
         self.slabs: dict[Tensor, tuple[Slab, ...]] = {
             params[name]: slabs_of(part, name) for name in part.owners
@@ -54,6 +55,7 @@ class Slicer:
         self.histories: dict[Tensor, list[History]] = {}
         self.rests = Rests()
         self._plan: list[GroupPlan] | None = None
+        self._sizes: list[int] = []
         self._vanilla = True
         self._groups: list[dict[str, Any]] = []
         self._shown: list[list[Tensor]] | None = None
@@ -86,19 +88,22 @@ class Slicer:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without plan and hooks."""
         self.settle()
-        kept = ("inner", "part", "active", "names", "slabs", "histories", "rests", "_change_of")
+        kept = ["inner", "part", "active", "rates", "names", "slabs", "histories", "rests"]
+        kept.append("_change_of")
         return {key: self.__dict__[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and hook into the restored optimizer."""
-        self.__dict__.update(state, _plan=None, _groups=[], _shown=None, _stepping=[], _loaded=[])
+        self.__dict__.update(state, _plan=None, _shown=None)
+        self.__dict__.update({key: [] for key in ("_sizes", "_groups", "_stepping", "_loaded")})
         self._attach()
 
-    def apply(self, active: Sequence[bool]) -> None:
-        """Set which units train from the next step on."""
-        if list(active) != self.active:
+    def apply(self, active: Sequence[bool], rates: Sequence[float]) -> None:
+        """Set which units train from the next step on, and the factors of their learning rates."""
+        rates = [rate if on else 1.0 for rate, on in zip(rates, active, strict=True)]
+        if (list(active), rates) != (self.active, self.rates):
             self.settle()
-            self.active = list(active)
+            self.active, self.rates = list(active), rates
 
     def rests_whole(self, param: Tensor) -> bool:
         """Return whether no element of a parameter trains."""
@@ -143,47 +148,50 @@ class Slicer:
             raise TypeError(f"parameter {self.names[param]!r}: {error}") from None
         return [history] * len(self.slabs[param])
 
-    def _cohorts(self, param: Tensor, *, fused: bool) -> list[Cohort] | None:
-        """Return what trains of a parameter; None stands for all of it as one."""
+    def _rate_of(self, slab: Slab) -> float:
+        return 1.0 if slab.unit is None else self.rates[slab.unit]
+
+    def _cohorts(self, param: Tensor, *, fused: bool) -> dict[float, list[Cohort] | None]:
+        """Return what trains of a parameter by its rate; None stands for all of it as one."""
         slabs = self.slabs[param]
         on = [i for i, s in enumerate(slabs) if s.unit is None or self.active[s.unit]]
+        rates = {i: self._rate_of(slabs[i]) for i in on}
         if len(slabs) == 1 or not on:
-            return None if on else []
+            return {rates[i]: None for i in on}
         histories = self._histories_of(param)
-        if len(on) == len(slabs) and len(set(histories)) == 1:
+        if len(on) == len(slabs) and len({*zip(histories, rates.values(), strict=True)}) == 1:
             self.histories.pop(param, None)
-            return None
+            return {rates[0]: None}
         self.histories[param] = histories
         if type(param.data) is not Tensor:
             raise TypeError(
                 f"parameter {self.names[param]!r} is a {type(param.data).__name__}, of which no "
                 "slab can be stepped on its own: let its units own whole parameters"
             )
-        alike: dict[History, list[int]] = {}
+        alike: dict[tuple[float, History], list[int]] = {}
         for index in on:
-            alike.setdefault(histories[index], []).append(index)
-        return [
-            Cohort(
-                param,
-                slabs,
-                members,
-                history,
-                self.inner.state.get(param, {}),
-                fused=fused,
-            )
-            for history, members in alike.items()
-        ]
+            alike.setdefault((rates[index], histories[index]), []).append(index)
+        state = self.inner.state.get(param, {})
+        cohorts: dict[float, list[Cohort] | None] = {}
+        for (rate, history), members in alike.items():
+            cohort = Cohort(param, slabs, members, history, state, fused=fused)
+            cohorts[rate] = [*(cohorts.get(rate) or ()), cohort]
+        return cohorts
 
-    def _plan_group(self, group: dict[str, Any]) -> GroupPlan:
-        plan = GroupPlan(len(group["params"]))
+    def _plan_group(self, index: int, group: dict[str, Any]) -> list[GroupPlan]:
+        """Return a plan for each rate; the first is of rate 1, also if it has nothing to step."""
+        plans = {1.0: GroupPlan(index)}
         for param in group["params"]:
-            sliced = param in self.slabs
-            cohorts = self._cohorts(param, fused=bool(group.get("fused"))) if sliced else None
-            if cohorts is None:
-                plan.whole.append(param)
-            elif cohorts:
-                plan.sliced.append((param, cohorts))
-        return plan
+            by_rate: dict[float, list[Cohort] | None] = {1.0: None}
+            if param in self.slabs:
+                by_rate = self._cohorts(param, fused=bool(group.get("fused")))
+            for rate, cohorts in by_rate.items():
+                plan = plans.setdefault(rate, GroupPlan(index, rate))
+                if cohorts is None:
+                    plan.whole.append(param)
+                else:
+                    plan.sliced.append((param, cohorts))
+        return list(plans.values())
 
     def _cut_whole(self, group: dict[str, Any], plan: GroupPlan) -> None:
         """Step large parameters that train whole in chunks; see :func:`chunk_of`."""
@@ -202,17 +210,18 @@ class Slicer:
     def _planned(self) -> list[GroupPlan]:
         groups = self.inner.param_groups
         sizes = [len(group["params"]) for group in groups]
-        if self._plan is None or sizes != [plan.size for plan in self._plan]:
+        if self._plan is None or sizes != self._sizes:
             self.settle()
             self._wake()
-            self._plan = [self._plan_group(group) for group in groups]
-            self._vanilla = all(
-                len(plan.whole) == plan.size and not self._fresh(group, plan.whole)
-                for group, plan in zip(groups, self._plan, strict=True)
+            self._sizes = sizes
+            self._plan = [p for i, group in enumerate(groups) for p in self._plan_group(i, group)]
+            self._vanilla = len(self._plan) == len(groups) and all(
+                len(plan.whole) == size and not self._fresh(group, plan.whole)
+                for group, plan, size in zip(groups, self._plan, sizes, strict=True)
             )
             if not self._vanilla:
-                for group, plan in zip(groups, self._plan, strict=True):
-                    self._cut_whole(group, plan)
+                for plan in self._plan:
+                    self._cut_whole(groups[plan.index], plan)
         return self._plan
 
     # Stepping
@@ -245,9 +254,11 @@ class Slicer:
         if any(p.pools is not None and p.pooled_with != p.with_gradient() for p in plans):
             self.settle()  # what has no gradient falls behind the others in its pool
             plans = self._planned()
-        for group, plan in zip(self.inner.param_groups, plans, strict=True):
+        for plan in plans:
+            group = self.inner.param_groups[plan.index]
             if plan.pools is None:
-                plan.make_pools(self.inner.state, share_room=self._one_by_one(group))
+                fused, alone = bool(group.get("fused")), self._one_by_one(group)
+                plan.make_pools(self.inner.state, share_room=alone, fused=fused)
         return plans
 
     @torch.no_grad()
@@ -257,7 +268,9 @@ class Slicer:
         groups = self._groups = self.inner.param_groups
         self._shown = [group["params"] for group in groups]
         alone: list[tuple[Pool, dict[str, Any]]] = []
-        for group, plan in zip(list(groups), plans, strict=True):
+        for plan in plans:
+            group = groups[plan.index]
+            options = plan.options(group)
             tensors = list(plan.whole)
             for param, cohorts in plan.sliced:
                 if param.grad is not None:
@@ -265,7 +278,7 @@ class Slicer:
             for pool in plan.pools or ():
                 tensor = self._enter(None, [pool.piece], [pool.tensor()])
                 if pool.shares_room:
-                    alone.append((pool, {**group, "params": tensor}))
+                    alone.append((pool, {**options, "params": tensor}))
                     continue
                 pool.load()
                 self._loaded.append(pool)
@@ -274,10 +287,11 @@ class Slicer:
             if fresh:
                 known = set(fresh)
                 tensors = [t for t in tensors if t not in known]
-                groups.append({**group, "params": fresh})
-            first, *others = batches_of(tensors) if group.get("foreach") else [tensors]
-            group["params"] = first
-            groups += [{**group, "params": batch} for batch in others]
+                groups.append({**options, "params": fresh})
+            batches = batches_of(tensors) if group.get("foreach") else [tensors]
+            if options is group:
+                group["params"] = batches.pop(0)
+            groups += [{**options, "params": batch} for batch in batches]
         if alone:
             pools = {len(groups) + i: pool for i, (pool, _) in enumerate(alone)}
             every = [*groups, *(group for _, group in alone)]
@@ -355,17 +369,19 @@ class Slicer:
         """Write what the pieces know to ``inner.state``, and plan afresh at the next step."""
         plans, self._plan = self._plan or [], None
         state = self.inner.state
+        stepped: dict[Tensor, list[History]] = {}
         for plan in plans:
             for pool in plan.pools or ():
                 if pool.piece.state:
-                    pool.settle([state[member.param] for member in pool.members])
+                    pool.settle([state[param] for param in pool.params])
             for param, cohorts in plan.sliced:
                 # Of one that trains whole, in chunks, no slab has a history of its own.
-                histories = self.histories.get(param, [()])
+                histories = stepped.setdefault(param, self.histories.get(param, [()]))
                 for cohort in cohorts:
                     history = cohort.history
                     if history and cohort.pieces:
                         cohort.settle(state[param])
                     for index in cohort.members:
                         histories[index] = history
-                settle_scalars(param.shape, state.get(param, {}), latest(histories))
+        for param, histories in stepped.items():
+            settle_scalars(param.shape, state.get(param, {}), latest(histories))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_mat.optim import MATOptimizer, cohort, pieces
+from lightning_mat.optim import MATOptimizer, pieces
 from lightning_mat.optim import optimizer as module
 from lightning_mat.optim.loading import LoadingGroups
 from lightning_mat.optim.pool import Pool
@@ -25,8 +25,8 @@ MISSING = [None, "rows", None, "conv", "columns", "both", None]
 def pools(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Few pools are loaded before a step, many one after the other."""
     if request.param == "many":
-        monkeypatch.setattr(cohort, "FEW_POOLS", 0)
         monkeypatch.setattr(pieces, "chunk_of", lambda _: 7)
+        monkeypatch.setattr(pieces, "FUSED_CHUNK", 9)
     return request.param
 
 
@@ -54,13 +54,12 @@ def test_pieces_of_all_parameters_with_one_history_are_one_tensor() -> None:
         set_gradients(model, gradients(model, torch.Generator().manual_seed(seed)))
         optimizer.step()
     (pool,) = pools_of(optimizer)
-    assert {id(member.param) for member in pool.members} == {
+    assert {id(param) for param in pool.params} == {
         id(p) for p in (model.rows, model.bias, model.columns, model.both, model.conv)
     } | {id(model.conv_last)}
 
 
 def test_many_pools_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohort, "FEW_POOLS", 0)
     monkeypatch.setattr(pieces, "chunk_of", lambda _: 40)
     model = Model()
     optimizer = MATOptimizer(Adam(model.parameters()), model, units_of(model))
@@ -70,8 +69,13 @@ def test_many_pools_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch) -> 
     optimizer.step()
     tensors = [pool.tensor() for pool in pools_of(optimizer)]
     assert len(tensors) > 2
+    grads = [t.grad for t in tensors if t.grad is not None]
+    assert len(grads) == len(tensors)
     assert len({t.data_ptr() for t in tensors}) == 1
-    assert len({t.grad.data_ptr() for t in tensors if t.grad is not None}) == 1
+    end = tensors[0].data_ptr() + Pool.room_for(max(map(len, tensors))) * tensors[0].element_size()
+    for tensor, grad in zip(tensors, grads, strict=True):
+        assert tensor.data_ptr() + tensor.nbytes <= grad.data_ptr()
+        assert grad.data_ptr() + grad.nbytes <= end
     assert not isinstance(optimizer.param_groups, LoadingGroups)
     assert len(optimizer.param_groups) == 1
 
