@@ -4,8 +4,9 @@
     python -m benchmarks list|calibrate [--scale cpu]
     python -m benchmarks report
 
-A suite stops at its time limit, with exit status 0, and goes on with the same command. Results
-append to ``benchmarks/results/SUITE-DEVICE.jsonl``; a run that is there is not run again.
+A suite stops at its time limit, with exit status 0, and goes on with the same command; a run that
+failed is told, tried again the next time, and makes the exit status 1. Results append to
+``benchmarks/results/SUITE-DEVICE.jsonl``; a run that is there is not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line names; return 0, also when the time limit came first.
+    """Run what the command line names.
+
+    Returns:
+        0, also when the time limit came first; 1 if a run failed.
 
     Raises:
         SystemExit: With status 2 and a message if the command line or the data is unusable.
@@ -59,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _go(runs: dict[str, list[Run]], args: argparse.Namespace) -> int:
     deadline = None if args.time_limit is None else time.monotonic() + args.time_limit
-    left = sum(go(part, SUITES[name].train, _place(args), deadline) for name, part in runs.items())
+    found = [go(part, SUITES[name].train, _place(args), deadline) for name, part in runs.items()]
+    left = sum(outcome.left for outcome in found)
+    failed = [label for outcome in found for label in outcome.failed]
+    if failed:
+        print(f"{len(failed)} runs failed, see above: {', '.join(failed)}; {left} are left")
+        return 1
     if left:
         print(f"time is up with {left} runs left: continue with the same command")
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.evidence.facts import Facts, sorted_facts
 from benchmarks.evidence.words import NONE, interval, percent, plain, signed
 from benchmarks.suites.results import Line
-from benchmarks.suites.stats import estimate, reached
+from benchmarks.suites.stats import best_point, estimate, reached
 from benchmarks.tabular import markdown
 
 #: Pairs that a sceptic asks for: the method, and what it has to beat.
@@ -88,7 +88,8 @@ def target(facts: Facts) -> str:
         for cost in ("seconds", "flops", "paper_flops"):
             found = facts.until_target(method, cost)
             there = [share for share in found.values() if share is not None]
-            cells.append(plain(estimate([100 * share for share in there]), 0, "%"))
+            text = plain(estimate([100 * share for share in there]), 0, "%")
+            cells.append(_absolute(facts, cost) if method == "full" else text)
         found = facts.until_target(method, "step")
         cells.append(f"{sum(v is not None for v in found.values())} of {len(seeds)}")
         equal = facts.at_equal_seconds(method)
@@ -100,6 +101,17 @@ def target(facts: Facts) -> str:
         *(f"validation {facts.metric} at equal seconds − full", "says"),
     ]
     return markdown(head, rows)
+
+
+def _absolute(facts: Facts, cost: str) -> str:
+    """Return what the full run itself needed, the 100% of the other rows."""
+    unit, name, digits = (1.0, "s", 1) if cost == "seconds" else (1e15, "PFLOPs", 4)
+    needed = [
+        point[cost] / unit
+        for line in facts.lines["full"].values()
+        if (point := best_point(line["curve"], facts.metric, more=facts.more)) is not None
+    ]
+    return f"{plain(estimate(needed), digits)} {name}"
 
 
 def train_accuracy(facts: Facts) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.suites.results import Line
 from benchmarks.suites.spec import METRICS
-from benchmarks.suites.stats import Estimate, differences, estimate, reached, value_at
+from benchmarks.suites.stats import (
+    Estimate,
+    best_point,
+    differences,
+    estimate,
+    reached,
+    value_at,
+)
 
 NO_DIFFERENCE = "no difference seen"
 Value = Callable[[Line], float | None]
@@ -79,9 +86,10 @@ class Facts:
         found: dict[int, float | None] = {}
         for seed, line in self.lines.get(method, {}).items():
             other = self.lines.get(base, {}).get(seed)
-            target = best(other["curve"], self.metric, more=self.more) if other else None
-            if other is None or target is None:
+            best = best_point(other["curve"], self.metric, more=self.more) if other else None
+            if other is None or best is None:
                 continue
+            target = best[self.metric]
             own = reached(other["curve"], self.metric, target, cost, more=self.more)
             needed = reached(line["curve"], self.metric, target, cost, more=self.more)
             found[seed] = needed / own if needed is not None and own else None
@@ -112,12 +120,6 @@ class Facts:
         if difference.covers_zero:
             return NO_DIFFERENCE
         return "better" if (difference.mean > 0) == self.more else "worse"
-
-
-def best(curve: Sequence[dict[str, Any]], metric: str, *, more: bool) -> float | None:
-    """Return the best value of a curve; None where all are missing."""
-    values = [p[metric] for p in curve if p.get(metric) is not None]
-    return (max if more else min)(values) if values else None
 
 
 def sorted_facts(lines: Iterable[Line]) -> list[Facts]:

@@ -16,7 +16,7 @@ TITLE = "Optimizers: Adam with β = (0, 0), as in the paper, and AdamW with β =
 METHODS = [
     Method("full"),
     Method("mat", "mat", PAPER["bert"]),
-    Method("random", "random", {"fraction": 0.5}),
+    Method("mat-units", "mat", PAPER["bert"], {"skip": "units"}),
 ]
 
 __all__ = ["TITLE", "report", "runs", "train"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,30 @@ class Place:
     results: Path | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a suite's runs.
+
+    Args:
+        left: Runs without a result.
+        failed: Labels of those that raised an error.
+    """
+
+    left: int
+    failed: tuple[str, ...] = ()
+
+
 def go(
     runs: Sequence[Run],
     train: Callable[..., Line | None],
     place: Place,
     deadline: float | None = None,
     say: Callable[[str], None] = print,
-) -> int:
+) -> Outcome:
     """Train what has no result yet, in order.
+
+    A run that fails is told and left out, as are those that need its result; the next call tries
+    again. Missing data or packages end the suite.
 
     Args:
         runs: Of one suite.
@@ -45,37 +62,46 @@ def go(
         place: Where.
         deadline: Moment of ``time.monotonic()`` at which to stop.
         say: Takes the lines of progress.
-
-    Returns:
-        How many runs are left.
     """
     if not runs:
-        return 0
+        return Outcome(0)
     results = Results(runs[0].suite, place.device_name, place.results)
     done = results.read()
-    left = [run for run in runs if run.key not in done]
-    say(f"{runs[0].suite}: {len(runs) - len(left)} of {len(runs)} runs done, {len(left)} to do")
-    while left:
+    to_do = [run for run in runs if run.key not in done]
+    say(f"{runs[0].suite}: {len(runs) - len(to_do)} of {len(runs)} runs done, {len(to_do)} to do")
+    failed: list[str] = []
+    left = len(to_do)
+    for run in to_do:
         if deadline is not None and time.monotonic() >= deadline:
             break
-        run = left[0]
+        needed = done.get(run.needs.key) if run.needs else None
+        if run.needs is not None and needed is None:
+            say(f"  {run.label}: left out, {run.needs.label} has no result")
+            continue
         begin = time.monotonic()
-        line = train(
-            run,
-            done.get(run.needs.key) if run.needs else None,
-            data=place.data,
-            work=place.work,
-            device=place.device,
-            deadline=deadline,
-        )
+        try:
+            line = train(
+                run,
+                needed,
+                data=place.data,
+                work=place.work,
+                device=place.device,
+                deadline=deadline,
+            )
+        except (FileNotFoundError, ModuleNotFoundError):
+            raise
+        except Exception:
+            say(f"  {run.label}: failed\n{traceback.format_exc()}")
+            failed.append(run.label)
+            continue
         if line is None:
             say(f"  {run.label}: stopped in the middle, its checkpoint is kept")
             break
         results.append(line)
         done[run.key] = line
-        left.pop(0)
-        say(f"  {run.label}: {describe(line)}; {time.monotonic() - begin:.0f} s, {len(left)} left")
-    return len(left)
+        left -= 1
+        say(f"  {run.label}: {describe(line)}; {time.monotonic() - begin:.0f} s, {left} left")
+    return Outcome(left, tuple(failed))
 
 
 def describe(line: Line) -> str:

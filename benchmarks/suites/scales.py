@@ -11,9 +11,10 @@ models start from a pretrained encoder's lowest layers, see :mod:`benchmarks.sui
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from benchmarks.suites.spec import Task, with_name
+from benchmarks.suites.spec import Task
 
 SCALES = ("cpu", "gpu", "paper", "test")
 
@@ -48,8 +49,8 @@ _CPU_BERT = Task(
     batch_size=8,
     units="heads+ffn",
     first=40,
-    every=50,
-    n_samples=16,
+    every=67,
+    n_samples=8,
     points=10,
 )
 _CPU_SWITCH = Task(
@@ -61,8 +62,8 @@ _CPU_SWITCH = Task(
     batch_size=8,
     units="heads+experts",
     first=40,
-    every=50,
-    n_samples=16,
+    every=67,
+    n_samples=8,
     points=10,
 )
 _CPU_VGG = Task(
@@ -82,12 +83,12 @@ _CPU_REVIEWS = Task(
     model="sentiment",
     size={"lr": 5e-5},
     data={"seq_len": 64, "train_size": 4000, "valid_size": 320, "test_size": 640},
-    steps=120,
+    steps=160,
     batch_size=16,
     units="heads+ffn",
-    first=12,
-    every=27,
-    n_samples=16,
+    first=16,
+    every=48,
+    n_samples=8,
     points=6,
 )
 
@@ -213,25 +214,25 @@ _TEST_BERT = Task(
 )
 
 
-def _sizes(like: Task, steps: dict[str, int]) -> list[Task]:
-    """Return shorter runs of several sizes of BERT; a few percent of a run, so few points."""
+def _sizes(like: Task, steps: dict[str, int], probes: int) -> list[Task]:
+    """Return shorter runs of several sizes of BERT, with so many probes."""
     found = []
     for name, count in steps.items():
         size = {**like.size, "size": name}
-        first, every = max(1, count // 8), max(1, -(-count * 7 // 8 // 4))
+        first, every = max(1, count // 8), -(-count * 7 // (8 * probes))
         changes = {"size": size, "steps": count, "first": first, "every": every, "points": 4}
-        found.append(with_name(like, name, **changes))
+        found.append(replace(like, name=name, **changes))
     return found
 
 
 def _both_optimizers(like: Task) -> list[Task]:
     adam = {**like.size, "optimizer": "adam", "lr": None}
-    return [with_name(like, "adam-0-0", size=adam), with_name(like, "adamw")]
+    return [replace(like, name="adam-0-0", size=adam), replace(like, name="adamw")]
 
 
 def _short(like: Task, steps: int) -> Task:
     """Return a run of so many steps, for what is timed and not learned."""
-    return with_name(like, like.name, steps=steps, first=steps // 2, every=steps, points=1)
+    return replace(like, name=like.name, steps=steps, first=steps // 2, every=steps, points=1)
 
 
 #: Tasks of each suite at each scale; a suite that is missing has no runs there.
@@ -240,16 +241,23 @@ TASKS: dict[str, dict[str, list[Task]]] = {
         "bert": [_CPU_BERT],
         "switch": [_CPU_SWITCH],
         "vgg": [_CPU_VGG],
-        "pareto": [_CPU_BERT],
+        "pareto": [replace(_CPU_BERT, steps=200, every=80)],
         "finetune": [_CPU_REVIEWS],
         "optimizers": _both_optimizers(_CPU_BERT),
         # From random weights: what is saved is measured here, not what is learned.
         "sizes": _sizes(
-            with_name(_CPU_BERT, "", size=_bert("mini", 64)),
-            {"mini": 160, "small": 80, "medium": 40},
+            replace(_CPU_BERT, name="", size=_bert("mini", 64)),
+            {"mini": 160, "small": 100, "medium": 80},
+            probes=1,
         ),
         "overhead": [_short(_CPU_BERT, 30), _short(_CPU_VGG, 30)],
-        "ranking": [_CPU_BERT, _CPU_SWITCH, _CPU_VGG, _CPU_REVIEWS],
+        # The stability needs three points of training, not its end.
+        "ranking": [
+            replace(_CPU_BERT, steps=120, points=2),
+            replace(_CPU_SWITCH, steps=120, points=2),
+            replace(_CPU_VGG, steps=384, points=2),
+            replace(_CPU_REVIEWS, steps=60, points=2),
+        ],
     },
     "gpu": {
         "bert": [_GPU_BERT],
@@ -258,7 +266,7 @@ TASKS: dict[str, dict[str, list[Task]]] = {
         "pareto": [_GPU_BERT],
         "finetune": [_GPU_REVIEWS],
         "optimizers": _both_optimizers(_GPU_BERT),
-        "sizes": _sizes(_GPU_BERT, {"mini": 2000, "small": 2000, "medium": 1000, "base": 600}),
+        "sizes": _sizes(_GPU_BERT, {"mini": 2000, "small": 2000, "medium": 1000, "base": 600}, 4),
         "overhead": [_short(_GPU_BERT, 100), _short(_GPU_VGG, 100)],
         "ranking": [_GPU_BERT, _GPU_SWITCH, _GPU_VGG, _GPU_REVIEWS],
     },
@@ -267,7 +275,7 @@ TASKS: dict[str, dict[str, list[Task]]] = {
         "switch": [_PAPER_SWITCH],
         "vgg": [_PAPER_VGG],
         "sizes": [
-            with_name(_PAPER_BERT, name, size={**_PAPER_BERT.size, "size": name})
+            replace(_PAPER_BERT, name=name, size={**_PAPER_BERT.size, "size": name})
             for name in ("mini", "small", "medium", "base", "large")
         ],
     },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 #: Metric that decides for each kind of model, and whether more of it is better.
@@ -106,6 +106,7 @@ class Run:
         """Readable name and a hash of all settings: a changed setting is another run.
 
         Example:
+            >>> from dataclasses import replace
             >>> task = Task("t", "bert", {}, {}, 6, 2, "heads", 1, 1, 2)
             >>> run = Run("bert", "test", task, Method("full"), 0)
             >>> run.key == replace(run, task=replace(task, steps=7)).key
@@ -170,8 +171,3 @@ def chosen(runs: Sequence[Run], methods: Sequence[str]) -> list[Run]:
         if run.key in wanted and run.needs is not None:
             wanted.add(run.needs.key)
     return [run for run in runs if run.key in wanted]
-
-
-def with_name(task: Task, name: str, **changes: Any) -> Task:
-    """Return a task like another one under a name of its own."""
-    return replace(task, name=name, **changes)

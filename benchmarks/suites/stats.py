@@ -142,3 +142,17 @@ def value_at(
             found.append(value)
         before = point if value is not None else None
     return best(found) if found else None
+
+
+def best_point(
+    curve: Sequence[Mapping[str, Any]], metric: str, *, more: bool
+) -> Mapping[str, Any] | None:
+    """Return the first of the best points of a curve; None where none has a value.
+
+    Example:
+        >>> best_point([{"loss": 4.0}, {"loss": 2.0}, {"loss": 3.0}], "loss", more=False)
+        {'loss': 2.0}
+    """
+    points = [p for p in curve if p.get(metric) is not None]
+    sign = -1 if more else 1
+    return min(points, key=lambda p: sign * p[metric]) if points else None

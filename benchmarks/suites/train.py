@@ -19,6 +19,7 @@ from benchmarks.suites.noted import number, record_of, shares_trained
 from benchmarks.suites.recorder import Recorder
 from benchmarks.suites.results import Line
 from benchmarks.suites.spec import Run
+from benchmarks.suites.stats import best_point
 from examples.record import Clock, FullStepCost
 from lightning_mat import MATCallback
 from lightning_mat.report.environment import environment
@@ -170,19 +171,12 @@ def tested(
     """Return the test results after the last step and with the weights of the best validation."""
     found = {"test_end": _test(trainer, module, text)}
     found["test_best"] = found["test_end"]
-    best = best_point(recorder.curve, recorder.metric)
+    best = best_point(recorder.curve, recorder.metric, more=recorder.metric == "accuracy")
     if best is not None and best["step"] != trainer.global_step:
         module.load_state_dict(torch.load(recorder.best, weights_only=True))
         found["test_best"] = _test(trainer, module, text)
     found["best_step"] = best["step"] if best else None
     return found
-
-
-def best_point(curve: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """Return the first of the best points of a curve; None where all diverged."""
-    points = [p for p in curve if p[metric] is not None]
-    sign = 1 if metric == "loss" else -1
-    return min(points, key=lambda p: sign * p[metric]) if points else None
 
 
 def digest(module: torch.nn.Module) -> str:

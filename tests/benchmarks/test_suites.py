@@ -18,6 +18,7 @@ from benchmarks.suites import methods, scales
 from benchmarks.suites.noted import record_of
 from benchmarks.suites.registry import SUITES
 from benchmarks.suites.results import Results, read
+from benchmarks.suites.runner import Outcome, Place, go
 from benchmarks.suites.spec import Method, Run, chosen, paired
 from benchmarks.suites.train import train
 
@@ -195,6 +196,22 @@ def test_the_best_validations_weights_are_tested(tmp_path):
     line = train(run, None, data=None, work=tmp_path)
     assert line["best_step"] < 4
     assert line["test_best"]["loss"] < line["test_end"]["loss"]
+
+
+def test_a_run_that_fails_is_told_and_what_needs_it_is_left_out(tmp_path):
+    runs, said = runs_of("full", "mat", "matched", "random"), []
+
+    def train_some(run, needed, **options):
+        if run.method.name == "mat":
+            raise RuntimeError("no such luck")
+        return {"key": run.key}
+
+    place = Place("cpu", "cpu", None, tmp_path, tmp_path)
+    outcome = go(runs, train_some, place, say=said.append)
+    assert outcome == Outcome(2, ("bert-test-tiny-mat-s0",))
+    assert "no such luck" in "".join(said)
+    assert any("matched-s0: left out" in line for line in said)
+    assert list(Results("bert", "cpu", tmp_path).read()) == [runs[0].key, runs[2].key]
 
 
 # ---- results -------------------------------------------------------------------------------------
