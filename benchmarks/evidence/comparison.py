@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.facts import Facts, sorted_facts
-from benchmarks.evidence.words import NONE, interval, percent, plain, signed
+from benchmarks.evidence.words import NONE, interval, listed, percent, plain, signed
 from benchmarks.suites.results import Line
 from benchmarks.suites.stats import best_point, estimate, reached
 from benchmarks.tabular import markdown
@@ -33,7 +33,7 @@ def tables(lines: Sequence[Line]) -> str:
         parts += [results(facts), target(facts)]
         if facts.task["model"] == "vgg":
             parts.append(train_accuracy(facts))
-        parts.append(pairs(facts))
+        parts += [pairs(facts), who_rested(facts)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -47,8 +47,20 @@ def sizes(facts: Facts) -> str:
     return (
         f"{size}; {corpus}; {task['steps']} steps of {task['batch_size']} samples, "
         f"{task['precision']}; units: {task['units']}, episodes {every}, "
-        f"{task['n_samples']} samples per probe."
+        f"{task['n_samples']} samples per probe. {pairing(facts)}"
     )
+
+
+def pairing(facts: Facts) -> str:
+    """Return whether all methods of a seed started from the same weights, by their hashes."""
+    starts: dict[int, set[str]] = {}
+    for seeds in facts.lines.values():
+        for seed, line in seeds.items():
+            starts.setdefault(seed, set()).add(line["initial"])
+    apart = [str(seed) for seed, found in sorted(starts.items()) if len(found) > 1]
+    if apart:
+        return f"Not paired: methods started from different weights with seed {listed(apart)}."
+    return "All methods of a seed started from the same weights (by their hash)."
 
 
 def results(facts: Facts) -> str:
@@ -105,7 +117,7 @@ def target(facts: Facts) -> str:
 
 def _absolute(facts: Facts, cost: str) -> str:
     """Return what the full run itself needed, the 100% of the other rows."""
-    unit, name, digits = (1.0, "s", 1) if cost == "seconds" else (1e15, "PFLOPs", 4)
+    unit, name, digits = (1.0, "s", 1) if cost == "seconds" else (1e15, "PFLOPs", 5)
     needed = [
         point[cost] / unit
         for line in facts.lines["full"].values()
@@ -126,7 +138,7 @@ def train_accuracy(facts: Facts) -> str:
                 ]
                 there = [value / scale for value in found if value is not None]
                 many = "" if len(there) == len(found) else f" ({len(there)} of {len(found)})"
-                cells.append(plain(estimate(there), 1 if scale == 1 else 4) + many)
+                cells.append(plain(estimate(there), 1 if scale == 1 else 5) + many)
         rows.append(cells)
     head = [
         "until train accuracy",
@@ -162,3 +174,25 @@ def pairs(facts: Facts) -> str:
         *("FLOPs of the second", "seconds of the second"),
     ]
     return markdown(head, rows) if rows else ""
+
+
+def who_rested(facts: Facts) -> str:
+    """Return why units trained or rested, as shares of all units, means over episodes and seeds."""
+    found = {}
+    for method, seeds in facts.lines.items():
+        episodes = [
+            {reason: count / line["units"] for reason, count in noted["reasons"].items()}
+            for line in seeds.values()
+            for noted in line["episodes"]
+        ]
+        if method.startswith("mat") and episodes:
+            found[method] = episodes
+    reasons = sorted({reason for episodes in found.values() for e in episodes for reason in e})
+    rows = [
+        [
+            f"`{method}`",
+            *(percent(estimate([e.get(r, 0.0) for e in episodes]).mean) for r in reasons),
+        ]
+        for method, episodes in found.items()
+    ]
+    return markdown(["why units train or rest", *reasons], rows) if rows else ""

@@ -21,9 +21,9 @@ def table(lines: Sequence[Line]) -> str:
             [
                 f"{facts.title}, {facts.scale}, {facts.device}",
                 f"{facts.task['steps']}",
-                plain(facts.mean("full", lambda line: line["flops"] / 1e15), 4),
-                plain(facts.mean("mat", lambda line: line["flops"] / 1e15), 4),
-                plain(facts.mean("mat", lambda line: line["probe_flops"] / 1e15), 5),
+                plain(facts.mean("full", lambda line: line["flops"] / 1e15), 5),
+                plain(facts.mean("mat", lambda line: line["flops"] / 1e15), 5),
+                plain(facts.mean("mat", lambda line: line["probe_flops"] / 1e15), 6),
                 percent(1 - saved.mean, 1),
                 percent(1 - paper.mean, 1),
                 percent(1 - seconds.mean, 1),

@@ -21,6 +21,7 @@ def line(run, *, loss=5.0, seconds=100.0, flops=1e15, probe_seconds=0.0, needs=N
     """A finished run: the loss falls in a straight line from 7 at the first of two points."""
     point = {"paper_flops": flops, "flops": flops, "seconds": seconds, "loss": loss, "step": 6}
     first = {k: v / 2 for k, v in point.items()} | {"loss": 7.0, "step": 3}
+    reasons = {"λ_max ≥ λ_α": 3, "below λ_α": 1}
     active = {"a|head": [1, 2], "b|head": [2, 2]}
     return {
         "key": run.key,
@@ -30,7 +31,9 @@ def line(run, *, loss=5.0, seconds=100.0, flops=1e15, probe_seconds=0.0, needs=N
         **{"probes": int(probe_seconds > 0), "probe_seconds": probe_seconds, "probe_flops": 0.0},
         **{"trained_share": 0.5, "shares_trained": {"50": 1, "100": 3}},
         "curve": [first, point],
-        "episodes": [{"step": 2, "trained": active}] if run.method.policy else [],
+        "episodes": [{"step": 2, "trained": active, "reasons": reasons}]
+        if run.method.policy
+        else [],
         **{"test_best": {"loss": loss}, "test_end": {"loss": loss}, "best_step": 6},
         "environment": ENVIRONMENT,
     }
@@ -166,6 +169,17 @@ def test_tables_name_every_method_and_pair():
         assert f"| `{method}` | 3 |" in text
     assert "| `mat` − `short` | 3 | -0.4000 ± 0.0000 |" in text
     assert "80%" in text
+    assert "| why units train or rest | below λ_α | λ_max ≥ λ_α |" in text
+    assert "| `mat` | 25% | 75% |" in text
+
+
+def test_runs_that_started_apart_are_called_unpaired():
+    lines = suite(BETTER)
+    assert "All methods of a seed started from the same weights" in comparison.tables(lines)
+    lines[4]["initial"] = "y"
+    assert "Not paired: methods started from different weights with seed 1." in comparison.tables(
+        lines
+    )
 
 
 def test_settings_of_the_report_do_not_depend_on_the_order_of_lines():
