@@ -18,10 +18,12 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.suites import ranking
 from benchmarks.suites.build import made
 from benchmarks.suites.overhead import ROUNDS, StepTimes
 from benchmarks.suites.results import RESULTS, Results, slug
 from benchmarks.suites.runner import Place
+from benchmarks.suites.scales import PROBED
 from benchmarks.suites.spec import Run, Task
 from benchmarks.suites.train import machine
 from benchmarks.tabular import markdown
@@ -109,6 +111,9 @@ def seconds(run: Run, cost: Costs) -> float:
     measured = run.method.policy in ("mat", "top", "bottom") and task.calendar == "steps"
     probes = max(0, math.ceil((task.steps - task.first) / task.every)) if measured else 0
     training = task.steps * cost["step"] + probes * cost["probe"]
+    if run.suite == "ranking":  # two sets of samples of every size, for every output
+        samples = 2 * len(ranking.OUTPUTS) * len(ranking.POINTS) * sum(PROBED[run.scale])
+        training += samples / task.n_samples * cost["probe"]
     return training + task.points * cost["valid"] + 2 * cost["test"]
 
 
@@ -134,7 +139,12 @@ def listing(runs: Mapping[str, Sequence[Run]], place: Place) -> str:
             ]
         )
     head = ["suite", "runs", "left", "seconds per run, at most", "minutes of all runs, at most"]
-    return f"{markdown(head, rows)}\n\nestimated in all: {total / 3600:.1f} h"
+    if any("not calibrated" in row for row in rows):
+        remedy = (
+            "run `python -m benchmarks calibrate` with the same --scale and --data for estimates"
+        )
+        return f"{markdown(head, rows)}\n\n{remedy}"
+    return f"{markdown(head, rows)}\n\nestimated in all, at most: {total / 3600:.1f} h"
 
 
 def fingerprint(task: Task) -> str:

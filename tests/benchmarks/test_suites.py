@@ -14,13 +14,16 @@ import torch
 import benchmarks.evidence
 import benchmarks.suites
 from benchmarks.__main__ import main
-from benchmarks.suites import methods, scales
+from benchmarks.suites import methods, overhead, ranking, scales
+from benchmarks.suites.calibration import seconds
 from benchmarks.suites.noted import record_of
 from benchmarks.suites.registry import SUITES
 from benchmarks.suites.results import Results, read
 from benchmarks.suites.runner import Outcome, Place, go
 from benchmarks.suites.spec import Method, Run, chosen, paired
 from benchmarks.suites.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:the threshold rests")
 
 TASK = scales.tasks("test", "bert")[0]
 METHODS = [
@@ -275,6 +278,85 @@ def test_list_says_what_is_left(tmp_path, capsys):
     assert main(command(tmp_path, "list", "--scale", "test", "--seeds", "1")) == 0
     printed = capsys.readouterr().out
     assert "| bert | 12 | 12 | not calibrated |" in printed
+
+
+def test_calibration_multiplies_out_what_was_measured(tmp_path, capsys):
+    where = command(tmp_path, "--scale", "test", "--seeds", "1")
+    assert main(["calibrate", *where]) == 0
+    printed = capsys.readouterr().out
+    assert "not calibrated" not in printed
+    assert "estimated in all, at most" in printed
+    costs = json.loads((tmp_path / "r" / "calibration-cpu.json").read_text())["costs"]
+    [cost] = [c for c in costs.values() if c["task"]["name"] == "tiny" and c["task"]["points"] == 2]
+    [full, mat, _] = runs_of("full", "mat", "short")
+    rest = 2 * cost["valid"] + 2 * cost["test"]
+    assert seconds(full, cost) == pytest.approx(6 * cost["step"] + rest)
+    assert seconds(mat, cost) == pytest.approx(6 * cost["step"] + 2 * cost["probe"] + rest)
+    assert min(cost[name] for name in ("step", "probe", "valid", "test")) > 0
+
+
+def test_ranking_is_measured_at_three_points_and_survives_a_cut(tmp_path):
+    [run] = SUITES["ranking"].runs("test", [0])
+    whole = ranking.train(run, None, data=None, work=tmp_path / "a")
+    cut = None
+    while cut is None:
+        cut = ranking.train(run, None, data=None, work=tmp_path / "b", deadline=time.monotonic())
+    assert [point["step"] for point in whole["ranking"]] == [1, 3, 5]
+    assert cut["ranking"] == whole["ranking"]
+    for point in whole["ranking"]:
+        assert set(point["samples"]) == set(ranking.OUTPUTS)
+        assert set(point["samples"]["loss"]) == {"4", "8"}
+        assert set(point["outputs"]["sum_logits vs loss"]) == {"head", "ffn"}
+        assert all(-1 <= rho <= 1 for rho in point["outputs"]["random vs loss"].values())
+    # Measuring leaves the training as it was.
+    [plain] = paired("ranking", "test", [TASK], METHODS[:1], (0,))
+    assert [p["loss"] for p in whole["curve"]] == [
+        p["loss"] for p in train(plain, None, data=None, work=tmp_path / "c")["curve"]
+    ]
+
+
+def test_correlations_of_known_rankings():
+    a, b = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([10.0, 20.0, 40.0, 30.0])
+    same = torch.ones(4)
+    spectra = {("x", 4, 0): a, ("x", 4, 1): b, ("y", 4, 0): -a, ("y", 4, 1): same}
+    found = ranking.correlations(spectra, ["head"] * 4)
+    assert found["samples"]["x"]["4"]["head"] == pytest.approx(0.8)  # 1 − 6·2 / (4·15)
+    assert found["samples"]["y"]["4"]["head"] is None
+    assert found["outputs"]["x vs y"]["head"] == -1
+    # Two units of a kind have no ranking to speak of.
+    assert ranking.correlations(spectra, ["head", "head", "ffn", "ffn"])["samples"]["x"]["4"] == {
+        "head": None,
+        "ffn": None,
+    }
+
+
+def test_overhead_keeps_its_rounds_when_it_is_cut(tmp_path, monkeypatch):
+    [run] = SUITES["overhead"].runs("test", [0])
+    calls = []
+
+    def measure(task, seed, data, device):
+        calls.append(seed)
+        return {"plain": {"step_seconds": 1.0}}
+
+    monkeypatch.setattr(overhead, "measure", measure)
+    assert overhead.train(run, None, data=None, work=tmp_path, deadline=0.0) is None
+    assert calls == []
+    ticks = iter([0.0, 0.0, 2.0])
+    monkeypatch.setattr(overhead.time, "monotonic", lambda: next(ticks))
+    assert overhead.train(run, None, data=None, work=tmp_path, deadline=1.0) is None
+    assert len(calls) == 2
+    line = overhead.train(run, None, data=None, work=tmp_path)
+    assert len(line["rounds"]) == len(calls) == overhead.ROUNDS
+    assert not (tmp_path / run.key).exists()
+
+
+def test_overhead_measures_every_way():
+    [task] = scales.tasks("test", "overhead")
+    found = overhead.measure(task, 0, None, "cpu")
+    assert list(found) == ["plain", "active", "probing"]
+    assert all(way["step_seconds"] > 0 for way in found.values())
+    assert found["probing"]["probe_seconds"] > 0
+    assert found["probing"]["probe_flops"] > 0
 
 
 @pytest.mark.parametrize(
