@@ -9,9 +9,12 @@ same parameters in medians of interleaved rounds. Units rest at random, the same
 layer and kind, after a few such decisions (``--decisions``), so that step counts differ.
 
 ``elements`` is the share of the model's parameters that is stepped: embeddings always train, so
-that BERT-base at 25% of its units steps 42% of its parameters. On a CPU the plain step's time
-depends on whether malloc keeps freed memory at hand, which what ran before decides: each model is
-warmed up alike. Writes ``benchmarks/results/optimizer-<device>.json``.
+that BERT-base at 25% of its units steps 42% of its parameters, below which no step comes whose time
+is that of its memory traffic: a fused one's, whose plain step moves seven words for an element
+(value and moments there and back, the gradient there). For what is stepped in a pool, values and
+gradients are copied there and values back besides, in memory that stays in the cache. On a CPU the
+plain step's time depends on whether malloc keeps freed memory at hand, which what ran before
+decides: each model is warmed up alike. Writes ``benchmarks/results/optimizer-<device>.json``.
 """
 
 from __future__ import annotations

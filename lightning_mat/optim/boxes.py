@@ -8,7 +8,7 @@ element ``flat`` on. Boxes should not overlap: which of two is written last is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -60,15 +60,17 @@ def scatter_boxes(flat: Tensor, boxes: Tensor, fulls: Sequence[Tensor]) -> None:
 
 
 def gather_boxes_reference(fulls: Sequence[Tensor], boxes: Tensor, flat: Tensor) -> None:
-    """Copy as :func:`gather_boxes` does: eager, one box after the other."""
-    for inside, slot in _views(fulls, boxes, flat):
-        slot.copy_(inside)
+    """Copy as :func:`gather_boxes` does: eager, view by view."""
+    inside, slots = _views(fulls, boxes, flat)
+    if slots:
+        torch._foreach_copy_(slots, inside)
 
 
 def scatter_boxes_reference(flat: Tensor, boxes: Tensor, fulls: Sequence[Tensor]) -> None:
-    """Copy as :func:`scatter_boxes` does: eager, one box after the other."""
-    for inside, slot in _views(fulls, boxes, flat):
-        inside.copy_(slot)
+    """Copy as :func:`scatter_boxes` does: eager, view by view."""
+    inside, slots = _views(fulls, boxes, flat)
+    if slots:
+        torch._foreach_copy_(inside, slots)
 
 
 def runs_of(param: Tensor, box: Box) -> list[tuple[int, int, int, int]]:
@@ -109,11 +111,13 @@ def _has_kernels(flat: Tensor) -> bool:
     return flat.device.type in _extension.load().backends
 
 
-def _views(fulls: Sequence[Tensor], boxes: Tensor, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each box's view of its tensor and of the flat one, both ``[rows, run]``."""
+def _views(
+    fulls: Sequence[Tensor], boxes: Tensor, flat: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the boxes' views of their tensors and of the flat one, all ``[rows, run]``."""
     _check(fulls, boxes, flat)
     spans = [span_of(full) for full in fulls]
-    pairs = []
+    insides, slots = [], []
     for k, (index, offset, stride, rows, run, start) in enumerate(boxes.tolist()):
         numbers = (index, offset, stride, rows, run, start)
         if min(numbers) < 0 or index >= len(fulls):
@@ -129,9 +133,10 @@ def _views(fulls: Sequence[Tensor], boxes: Tensor, flat: Tensor) -> Iterator[tup
         if start + rows * run > len(flat):
             raise ValueError(f"boxes[{k}] = {numbers}: flat has {len(flat)} elements")
         full = fulls[index]
-        inside = full.as_strided((rows, run), (stride, 1), full.storage_offset() + offset)
-        pairs.append((inside, flat[start : start + rows * run].view(rows, run)))
-    yield from pairs
+        first = full.storage_offset() + offset
+        insides.append(full.as_strided((rows, run), (stride, 1), first))
+        slots.append(flat[start : start + rows * run].view(rows, run))
+    return insides, slots
 
 
 def _check(fulls: Sequence[Tensor], boxes: Tensor, flat: Tensor) -> None:
