@@ -46,9 +46,11 @@ def made(
     return make(dict(task.size), text, steps, seed), text
 
 
-def freeze_lower_half(module: L.LightningModule) -> None:
-    """Freeze the embeddings and the lower half of the encoder's layers."""
-    freeze_lowest(module.encoder, len(module.encoder.encoder.layer) // 2)
+def freeze_lower_half(module: L.LightningModule) -> float:
+    """Freeze embeddings and lower half of the layers; return the share of layers that trains."""
+    layers = len(module.encoder.encoder.layer)
+    freeze_lowest(module.encoder, layers // 2)
+    return 1 - (layers // 2) / layers
 
 
 @lru_cache(maxsize=2)

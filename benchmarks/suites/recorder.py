@@ -26,6 +26,7 @@ class Recorder(L.Callback):
         best: File for the weights at the best validation.
         metric: ``"loss"`` or ``"accuracy"``: what "best" refers to.
         batch_size: Samples of a training step.
+        plain_share: Share of the units that train where there is no MATCallback.
 
     Attributes:
         curve: One dict per validation.
@@ -42,10 +43,11 @@ class Recorder(L.Callback):
         best: Path,
         metric: str,
         batch_size: int,
+        plain_share: float = 1.0,
     ) -> None:
         """Start with nothing noted."""
         self.clock, self.special, self.best, self.metric = clock, special, best, metric
-        self.batch_size = batch_size
+        self.batch_size, self.plain_share = batch_size, plain_share
         self.curve: list[dict[str, Any]] = []
         self.episodes: list[dict[str, Any]] = []
         self.steps_trained: torch.Tensor | None = None
@@ -140,7 +142,7 @@ class Recorder(L.Callback):
             counted, probes = summary["flops"], summary["probe_flops"]
             share = summary["trained_share"]
         else:
-            counted, probes, share = self.full_step_flops * steps, 0, 1.0
+            counted, probes, share = self.full_step_flops * steps, 0, self.plain_share
         forward = self.forward_flops * self.batch_size
         paper = flops.paper_flops(forward, share) * steps + probes
         return {

@@ -83,13 +83,12 @@ def train(
     every = -(-steps // task.points)
     L.seed_everything(run.seed, verbose=False)
     module, text = made(task, steps, run.seed, data)
-    if run.method.plain == "lower-half":
-        freeze_lower_half(module)
+    share = freeze_lower_half(module) if run.method.plain == "lower-half" else 1.0
     initial = digest(module)
     record = record_of(needed) if needed and run.method.policy == "matched" else None
     special = callback(task, run.method, run.seed, record) or FullStepCost()
     clock, last = Clock(), folder / "last.ckpt"
-    recorder = Recorder(clock, special, folder / "best.pt", task.metric, task.batch_size)
+    recorder = Recorder(clock, special, folder / "best.pt", task.metric, task.batch_size, share)
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="gpu" if device.startswith("cuda") else "cpu",
@@ -159,7 +158,8 @@ def spent(recorder: Recorder, steps: int) -> dict[str, Any]:
             found[name] = number(summary[name])
         found["units"] = len(special.mat.part) if special.mat else 0
     else:
-        found |= {"probes": 0, "probe_flops": 0, "probe_seconds": 0.0, "trained_share": 1.0}
+        found |= {"probes": 0, "probe_flops": 0, "probe_seconds": 0.0}
+        found["trained_share"] = recorder.plain_share
     if recorder.steps_trained is not None:
         found["shares_trained"] = shares_trained(recorder.steps_trained, steps)
     return found
