@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and measures the kernels on a machine with a GPU, within nine minutes.
 #
-#   benchmarks/gpu.sh [--only build|test|sanitize|kernel|step]...     (or a list: --only build,test)
+#   benchmarks/gpu.sh [--only build|test|sanitize|kernel|step|tables]...  (or a list: build,test)
+#
+# "tables" runs the suites at --scale gpu as far as the time goes; it is left out unless it is named,
+# and goes on where it was if OUT and WORK are those of the time before.
 #
 # Needs an NVIDIA GPU, CUDA's compiler and a Python that has torch; no network. From the environment:
 #   OUT      folder of logs and results (benchmarks/results)
 #   PYTHON   interpreter (python3)
+#   DATA     folder of the data sets, for tables (downloaded without it)
+#   WORK     folder of unfinished runs, for tables (runs/bench)
 #   COMMIT   what to record where the sources come without their history
 #   LIMIT    seconds in all (530)
 #
@@ -14,6 +19,7 @@
 set -euo pipefail
 
 readonly ALL_PARTS="build test sanitize kernel step"
+readonly KNOWN_PARTS="$ALL_PARTS tables"
 
 fail() {
   printf 'gpu.sh: %s\n' "$*" >&2
@@ -24,7 +30,7 @@ chosen=""
 while (($#)); do
   case $1 in
     --only)
-      (($# > 1)) || fail "--only needs a part: one or more of ${ALL_PARTS// /, }"
+      (($# > 1)) || fail "--only needs a part: one or more of ${KNOWN_PARTS// /, }"
       chosen+=" ${2//,/ }"
       shift 2
       ;;
@@ -41,12 +47,12 @@ while (($#)); do
   esac
 done
 read -ra wanted <<<"${chosen:-$ALL_PARTS}"
-((${#wanted[@]})) || fail "--only names no part: choose from ${ALL_PARTS// /, }"
+((${#wanted[@]})) || fail "--only names no part: choose from ${KNOWN_PARTS// /, }"
 for part in "${wanted[@]}"; do
-  [[ " $ALL_PARTS " == *" $part "* ]] || fail "no part '$part': choose from ${ALL_PARTS// /, }"
+  [[ " $KNOWN_PARTS " == *" $part "* ]] || fail "no part '$part': choose from ${KNOWN_PARTS// /, }"
 done
 parts=()
-for part in $ALL_PARTS; do
+for part in $KNOWN_PARTS; do
   if [[ " ${wanted[*]} " == *" $part "* ]]; then parts+=("$part"); fi
 done
 
@@ -55,6 +61,8 @@ readonly limit=${LIMIT:-530}
 readonly deadline=$(($(date +%s) + limit))
 PYTHON=${PYTHON:-python3}
 OUT=$(realpath -m "${OUT:-$(dirname "$0")/results}")
+WORK=$(realpath -m "${WORK:-$(dirname "$0")/../runs/bench}")
+if [[ -n ${DATA:-} ]]; then DATA=$(realpath -m "$DATA"); fi
 cd "$(dirname "$0")/.."
 
 command -v "$PYTHON" >/dev/null || fail "no interpreter '$PYTHON': name one in PYTHON"
@@ -215,6 +223,21 @@ step() {
   return 0
 }
 
+tables() {
+  local suite rest data=()
+  if [[ -n ${DATA:-} ]]; then data=(--data "$DATA"); fi
+  for suite in bert vgg switch pareto; do
+    rest=$(left)
+    # The suite stops by itself; what it does last (a test, a checkpoint) needs time to end.
+    attempt "tables-$suite" "$rest" "$OUT/tables-$suite.log" \
+      "$PYTHON" -m benchmarks "$suite" --scale gpu --device cuda --results "$OUT" \
+      --work "$WORK" "${data[@]}" \
+      --time-limit "$((rest > 90 ? rest - 45 : rest / 2))s" || return 0
+    cat "$OUT/tables-$suite.log"
+    if (($(left) < 20)); then return 0; fi
+  done
+}
+
 for part in "${parts[@]}"; do
   case $part in
     build)
@@ -227,6 +250,7 @@ for part in "${parts[@]}"; do
     sanitize) sanitize ;;
     kernel) kernel ;;
     step) step ;;
+    tables) tables ;;
   esac
 done
 

@@ -271,7 +271,7 @@ def test_gpu_sh_is_a_bash_script():
     [
         (
             ["--only", "nonsense"],
-            "no part 'nonsense': choose from build, test, sanitize, kernel, step",
+            "no part 'nonsense': choose from build, test, sanitize, kernel, step, tables",
         ),
         (["--only", "build,nonsense"], "no part 'nonsense'"),
         (["--only=test", "--only=*"], "no part '*'"),
@@ -317,6 +317,7 @@ def machine(tmp_path):
                 echo "<testsuites><testsuite tests='3' skipped='${{SKIPPED:-1}}' failures='0'
                     errors='0'/></testsuites>" > "$xml" ;;
             *kernel.py*) echo "kernel $* $COMMIT" >> {log}; echo 'a table' ;;
+            "-m benchmarks"*) echo "tables $*" >> {log}; echo 'tables' ;;
             *step.py*) echo "step $* $COMMIT" >> {log}; echo 'steps' ;;
             *) PATH=/usr/bin:/bin exec {sys.executable} "$@" ;;
         esac""",
@@ -384,6 +385,27 @@ def test_gpu_sh_only_step_shares_out_its_time(machine):
     assert 45 <= limits[0] <= 50
     assert 50 <= limits[1] <= 60  # nothing of the first half was used
     assert done.stdout.count("steps\n") == 2
+
+
+def test_gpu_sh_only_tables_runs_the_suites_in_order(machine, tmp_path):
+    environ, log = machine
+    work, data = tmp_path / "work", tmp_path / "data"
+    done = gpu_sh("--only", "tables", WORK=str(work), DATA=str(data), LIMIT="200", **environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = [call.split() for call in log.read_text().splitlines()]
+    assert [call[3] for call in calls] == ["bert", "vgg", "switch", "pareto"]
+    for call in calls:
+        options = dict(zip(call[4::2], call[5::2], strict=True))
+        limit = options.pop("--time-limit")
+        assert 100 <= int(limit.removesuffix("s")) <= 155
+        assert options == {
+            "--scale": "gpu",
+            "--device": "cuda",
+            "--results": environ["OUT"],
+            "--work": str(work),
+            "--data": str(data),
+        }
+    assert done.stdout.count("tables\n") == 4
 
 
 def test_gpu_sh_runs_nothing_after_a_failed_build(machine):

@@ -1,0 +1,133 @@
+"""Facts: the finished runs of one task on one machine, and what is compared between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.suites.results import Line
+from benchmarks.suites.spec import METRICS
+from benchmarks.suites.stats import (
+    Estimate,
+    best_point,
+    differences,
+    estimate,
+    reached,
+    value_at,
+)
+
+NO_DIFFERENCE = "no difference seen"
+Value = Callable[[Line], float | None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Runs of one suite, device, scale and task.
+
+    Args:
+        suite: Name of the suite.
+        device: Of the runs.
+        scale: Of the runs.
+        task: Their settings.
+        lines: The finished runs by method and seed.
+    """
+
+    suite: str
+    device: str
+    scale: str
+    task: dict[str, Any]
+    lines: dict[str, dict[int, Line]]
+
+    @property
+    def metric(self) -> str:
+        """What decides: ``"loss"`` or ``"accuracy"``."""
+        return METRICS[self.task["model"]][0]
+
+    @property
+    def more(self) -> bool:
+        """Whether more of it is better."""
+        return METRICS[self.task["model"]][1]
+
+    @property
+    def title(self) -> str:
+        """The task in a few words."""
+        names = {"bert": "BERT", "switch": "Switch", "vgg": "VGG16", "sentiment": "sentiment"}
+        return f"{names[self.task['model']]} {self.task['name']}"
+
+    def values(self, method: str, value: Value) -> dict[int, float | None]:
+        """Return a value of each seed's run of a method."""
+        return {seed: value(line) for seed, line in self.lines.get(method, {}).items()}
+
+    def mean(self, method: str, value: Value) -> Estimate:
+        """Return the mean of a value over the seeds that have one."""
+        return estimate([v for v in self.values(method, value).values() if v is not None])
+
+    def versus(self, method: str, base: str, value: Value | None = None) -> Estimate:
+        """Return method − base, paired by seed; of the test result by default."""
+        value = value or self.result
+        return estimate(differences(self.values(method, value), self.values(base, value)))
+
+    def result(self, line: Line) -> float | None:
+        """Return the test result with the weights of the best validation."""
+        return line["test_best"].get(self.metric)
+
+    def ratio(self, method: str, base: str, value: Value) -> Estimate:
+        """Return method / base, paired by seed."""
+        ours, theirs = self.values(method, value), self.values(base, value)
+        pairs = [(ours[s], theirs.get(s)) for s in sorted(ours)]
+        return estimate([a / b for a, b in pairs if a is not None and b])
+
+    def until_target(self, method: str, cost: str, base: str = "full") -> dict[int, float | None]:
+        """Return the cost at which each seed's run reaches the base's best validation result.
+
+        It is a share of what the base itself needed; None for a run that never gets there.
+        """
+        found: dict[int, float | None] = {}
+        for seed, line in self.lines.get(method, {}).items():
+            other = self.lines.get(base, {}).get(seed)
+            best = best_point(other["curve"], self.metric, more=self.more) if other else None
+            if other is None or best is None:
+                continue
+            target = best[self.metric]
+            own = reached(other["curve"], self.metric, target, cost, more=self.more)
+            needed = reached(line["curve"], self.metric, target, cost, more=self.more)
+            found[seed] = needed / own if needed is not None and own else None
+        return found
+
+    def at_equal_seconds(self, method: str, base: str = "full") -> Estimate:
+        """Return method − base in the best validation result by the seconds that both have had."""
+        found = []
+        for seed, line in sorted(self.lines.get(method, {}).items()):
+            other = self.lines.get(base, {}).get(seed)
+            if other is None:
+                continue
+            until = min(line["curve"][-1]["seconds"], other["curve"][-1]["seconds"])
+            ours, theirs = (
+                value_at(one["curve"], self.metric, "seconds", until, more=self.more)
+                for one in (line, other)
+            )
+            if ours is not None and theirs is not None:
+                found.append(ours - theirs)
+        return estimate(found)
+
+    def verdict(self, difference: Estimate) -> str:
+        """Return what a difference of results says."""
+        if difference.n == 0:
+            return "no pair"
+        if difference.n == 1:
+            return "one seed: no interval"
+        if difference.covers_zero:
+            return NO_DIFFERENCE
+        return "better" if (difference.mean > 0) == self.more else "worse"
+
+
+def sorted_facts(lines: Iterable[Line]) -> list[Facts]:
+    """Return the facts of each device, scale and task, in the order of the lines."""
+    found: dict[tuple[str, ...], Facts] = {}
+    for line in lines:
+        task, device = line["task"], line["environment"]["device"]
+        key = (line["suite"], device, line["scale"], task["name"])
+        facts = found.setdefault(key, Facts(*key[:3], task, {}))
+        facts.lines.setdefault(line["method"]["name"], {})[line["seed"]] = line
+    return list(found.values())

@@ -1,0 +1,97 @@
+"""BENCHMARKS.md: put together from the result files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.evidence.sentences import sentences
+from benchmarks.suites.registry import SUITES
+from benchmarks.suites.results import RESULTS, Line, read
+from benchmarks.tabular import markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "BENCHMARKS.md"
+FIGURES = ROOT / "docs" / "figures"
+
+NOTHING = "No suite has been run yet: this page has no numbers."
+
+READING = """\
+The same seeds give every method the same initial weights, data order and masks. A difference is
+taken per seed; shown are its mean ± standard error over the seeds and a 95% interval (Student's t).
+Where the interval covers zero the page says "no difference seen": with so few seeds that is no
+proof that there is none. Test results are those of the weights with the best validation result.
+Seconds are of training with its probes, without validation. FLOPs are counted from the operations
+that ran, probes included; "paper's rule" takes a backward pass for two forward passes and lets
+resting units cost nothing in it, by their share of all units, also with the probes added.
+`short` is plain training cut to the counted FLOPs of a method, its learning-rate schedule with it.
+At equal seconds, a run's learning rate may not have fallen as far as that of a shorter one: `short`
+is the fair rival."""
+
+MACHINES = (
+    "Results of machines with several users have seconds that move by several percent from run to "
+    "run; ratios of FLOPs do not."
+)
+
+
+def load(folder: Path = RESULTS) -> dict[str, list[Line]]:
+    """Return the finished runs of every suite that has some, CPU before GPU, by seed and order."""
+    found = {}
+    for name in SUITES:
+        paths = sorted(folder.glob(f"{name}-*.jsonl"), key=lambda p: ("cpu" not in p.stem, p.stem))
+        lines = [line for path in paths for line in read(path).values()]
+        if lines:
+            found[name] = lines
+    return found
+
+
+def text(results: Mapping[str, Sequence[Line]], figures: Sequence[str] = ()) -> str:
+    """Return the page; equal results give equal text.
+
+    Args:
+        results: The finished runs of each suite.
+        figures: Names of the figures there are, see :mod:`benchmarks.evidence.figures`.
+    """
+    if not results:
+        return f"# Benchmarks\n\n{NOTHING}\n"
+    parts = ["# Benchmarks", *sentences(results), "## How to read this", READING, MACHINES]
+    parts += ["## Where it was measured", machines(results)]
+    for name, lines in results.items():
+        suite = SUITES[name]
+        parts += [f"## {suite.TITLE}", f"`python -m benchmarks {name}`", suite.report(list(lines))]
+        parts += [
+            f"![{figure.removesuffix('.png')}](docs/figures/{figure})"
+            for figure in figures
+            if figure.startswith(f"{name}-")
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def machines(results: Mapping[str, Sequence[Line]]) -> str:
+    """Return which runs come from which machine, versions and commits."""
+    rows: dict[tuple[str, ...], int] = {}
+    for name, lines in results.items():
+        for line in lines:
+            e = line["environment"]
+            commit = (e["commit"] or "unknown")[:9] + (" (modified)" if e["modified"] else "")
+            machine = e["cpu"] if e["device"] == "cpu" else e["device"]
+            versions = f"torch {e['torch']}, lightning {e['lightning']}"
+            key = (name, line["scale"], machine, str(e["threads"]), versions, commit)
+            rows[key] = rows.get(key, 0) + 1
+    cells = [[f"`{key[0]}`", *key[1:], str(count)] for key, count in rows.items()]
+    head = ["suite", "scale", "machine", "threads", "versions", "commit", "runs"]
+    return markdown(head, cells)
+
+
+def write(folder: Path = RESULTS, page: Path = PAGE, figures: Path = FIGURES) -> list[Path]:
+    """Write the page and its figures; return their paths.
+
+    Raises:
+        ModuleNotFoundError: If there is something to draw and matplotlib is not installed.
+    """
+    from benchmarks.evidence.figures import draw
+
+    results = load(folder)
+    drawn = draw(results, figures)
+    page.write_text(text(results, [path.name for path in drawn]), encoding="utf-8")
+    return [page, *drawn]

@@ -1,0 +1,67 @@
+"""Numbers as the report writes them."""
+
+from __future__ import annotations
+
+import math
+
+from benchmarks.suites.stats import Estimate
+
+NONE = "–"
+
+
+def plain(value: Estimate, digits: int = 3, unit: str = "") -> str:
+    """Return mean ± standard error.
+
+    Example:
+        >>> plain(Estimate(3, 1.5, 0.25, 0.4, 2.6), 2), plain(Estimate(1, 1.5, *[math.nan] * 3), 1)
+        ('1.50 ± 0.25', '1.5')
+    """
+    if value.n == 0:
+        return NONE
+    mean = f"{value.mean:.{digits}f}{unit}"
+    return mean if value.n == 1 else f"{mean} ± {value.error:.{digits}f}{unit}"
+
+
+def signed(value: Estimate, digits: int = 4) -> str:
+    """Return a difference with its sign and its standard error.
+
+    Example:
+        >>> signed(Estimate(3, -0.5, 0.1, -0.9, -0.1), 2)
+        '-0.50 ± 0.10'
+    """
+    if value.n == 0:
+        return NONE
+    mean = f"{value.mean:+.{digits}f}"
+    return mean if value.n == 1 else f"{mean} ± {value.error:.{digits}f}"
+
+
+def interval(value: Estimate, digits: int = 4) -> str:
+    """Return the 95% interval, or a dash where there is none.
+
+    Example:
+        >>> interval(Estimate(3, 0.5, 0.1, 0.1, 0.9), 1)
+        '[+0.1, +0.9]'
+    """
+    if value.n < 2:
+        return NONE
+    return f"[{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """Return a share in percent, or a dash.
+
+    Example:
+        >>> percent(0.5), percent(math.nan)
+        ('50%', '–')
+    """
+    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}%}"
+
+
+def listed(items: list[str]) -> str:
+    """Return items as prose.
+
+    Example:
+        >>> listed(["a", "b", "c"]), listed(["a"])
+        ('a, b and c', 'a')
+    """
+    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))

@@ -1,0 +1,26 @@
+"""Suite ``vgg``: images of CIFAR-10 (the paper's table 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.evidence import comparison
+from benchmarks.suites import methods
+from benchmarks.suites.results import Line
+from benchmarks.suites.scales import tasks
+from benchmarks.suites.spec import Run, paired
+from benchmarks.suites.train import train
+
+TITLE = "VGG16, images of CIFAR-10 (paper: table 3)"
+
+__all__ = ["TITLE", "report", "runs", "train"]
+
+
+def runs(scale: str, seeds: Iterable[int]) -> list[Run]:
+    """Return the paper's baselines, MAT and the controls."""
+    return paired("vgg", scale, tasks(scale, "vgg"), methods.comparison("vgg"), seeds)
+
+
+def report(lines: list[Line]) -> str:
+    """Return the tables."""
+    return comparison.tables(lines)

@@ -1,0 +1,188 @@
+"""BENCHMARKS.md: what it says follows from the result files, and nothing else."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks.evidence import comparison, facts, figures, overhead, page, pareto, sentences
+from benchmarks.suites import bert
+from benchmarks.suites.pareto import methods as pareto_methods
+from benchmarks.suites.results import Results
+from benchmarks.suites.spec import Method, paired
+
+ENVIRONMENT = {
+    **{"commit": "0123456789abcdef", "modified": False, "device": "cpu", "cpu": "Some CPU"},
+    **{"threads": 2, "torch": "2.15", "lightning": "2.6"},
+}
+
+
+def line(run, *, loss=5.0, seconds=100.0, flops=1e15, probe_seconds=0.0, needs=None) -> dict:
+    """A finished run: the loss falls in a straight line from 7 at the first of two points."""
+    point = {"paper_flops": flops, "flops": flops, "seconds": seconds, "loss": loss, "step": 6}
+    first = {k: v / 2 for k, v in point.items()} | {"loss": 7.0, "step": 3}
+    reasons = {"λ_max ≥ λ_α": 3, "below λ_α": 1}
+    active = {"a|head": [1, 2], "b|head": [2, 2]}
+    return {
+        "key": run.key,
+        **run.settings(),
+        **{"steps": 6, "initial": "x", "corpus": {"name": "text"}, "seconds": seconds},
+        **{"flops": flops, "paper_flops": flops, "full_step_flops": 1e14, "units": 4},
+        **{"probes": int(probe_seconds > 0), "probe_seconds": probe_seconds, "probe_flops": 0.0},
+        **{"trained_share": 0.5, "shares_trained": {"50": 1, "100": 3}},
+        "curve": [first, point],
+        "episodes": [{"step": 2, "trained": active, "reasons": reasons}]
+        if run.method.policy
+        else [],
+        **{"test_best": {"loss": loss}, "test_end": {"loss": loss}, "best_step": 6},
+        "environment": ENVIRONMENT,
+    }
+
+
+def suite(losses: dict[str, tuple[float, ...]], **options) -> list[dict]:
+    """Runs of the suite ``bert``, one loss per seed of each method."""
+    runs = {(r.method.name, r.seed): r for r in bert.runs("test", range(3))}
+    return [
+        line(runs[name, seed], loss=loss, **options.get(name.replace("-", "_"), {}))
+        for name, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+
+
+BETTER = {"full": (5.0, 5.1, 5.2), "mat": (4.9, 5.0, 5.1), "short": (5.3, 5.4, 5.5)}
+
+
+def test_the_committed_page_is_what_the_committed_results_give():
+    results = page.load()
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(results, figures.names(results))
+    for name in figures.names(results):
+        assert (page.FIGURES / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_results_the_page_says_so(tmp_path):
+    assert page.load(tmp_path) == {}
+    assert page.NOTHING in page.text({})
+    assert all("has not been measured yet" in text for text in sentences.sentences({}))
+
+
+def test_the_page_is_read_from_files_and_the_same_each_time(tmp_path):
+    results = Results("bert", "cpu", tmp_path)
+    for one in suite(BETTER):
+        results.append(one)
+    found = page.load(tmp_path)
+    assert page.text(found) == page.text(json.loads(json.dumps(found)))
+    paths = page.write(tmp_path, tmp_path / "B.md", tmp_path / "figures")
+    assert [p.name for p in paths[1:]] == figures.names(found)
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths[1:])
+    text = (tmp_path / "B.md").read_text()
+    assert text == page.text(found, figures.names(found))
+    assert "| `bert` | test | Some CPU | 2 | torch 2.15, lightning 2.6 | 012345678 | 9 |" in text
+
+
+def test_verdicts_follow_the_intervals():
+    [found] = facts.sorted_facts(suite(BETTER))
+    assert found.versus("mat", "full").mean == pytest.approx(-0.1)
+    assert found.verdict(found.versus("mat", "full")) == "better"
+    assert found.verdict(found.versus("short", "full")) == "worse"
+    mixed = suite({"full": (5.0, 5.1, 5.2), "mat": (4.0, 6.0, 5.2)})
+    [found] = facts.sorted_facts(mixed)
+    assert found.verdict(found.versus("mat", "full")) == facts.NO_DIFFERENCE
+    [found] = facts.sorted_facts(suite({"full": (5.0,), "mat": (4.0,)}))
+    assert found.verdict(found.versus("mat", "full")) == "one seed: no interval"
+    assert found.verdict(found.versus("mat", "nobody")) == "no pair"
+
+
+def test_more_accuracy_is_better():
+    lines = suite({"full": (0.5, 0.5, 0.5), "mat": (0.6, 0.7, 0.65)})
+    for one in lines:
+        one["task"] = {**one["task"], "model": "vgg"}
+        one["test_best"] = {"accuracy": one["test_best"]["loss"]}
+    [found] = facts.sorted_facts(lines)
+    assert found.verdict(found.versus("mat", "full")) == "better"
+
+
+def test_cost_until_the_full_runs_best_validation():
+    # full falls from 7 at 50 s to 5 at 100 s; mat from 7 at 25 s to 4 at 50 s: 5 after 41.7 s.
+    lines = suite({"full": (5.0,), "mat": (4.0,), "short": (5.5,)}, mat={"seconds": 50.0})
+    [found] = facts.sorted_facts(lines)
+    assert found.until_target("mat", "seconds") == {0: pytest.approx((25 + 25 * 2 / 3) / 100)}
+    assert found.until_target("short", "seconds") == {0: None}
+    assert found.until_target("full", "seconds") == {0: 1.0}
+    # At 50 s full has seen 7, mat 4.
+    assert found.at_equal_seconds("mat").mean == pytest.approx(-3)
+
+
+def test_sentences_say_better_only_where_the_interval_does():
+    text = " ".join(sentences.sentences({"bert": suite(BETTER)}))
+    assert "MAT's test result was better for `mat` beside `short`" in text
+    assert "(better)" in text
+    swapped = {"full": BETTER["full"], "mat": BETTER["short"], "short": BETTER["mat"]}
+    text = " ".join(sentences.sentences({"bert": suite(swapped)}))
+    assert "better than none of its rivals'" in text
+    assert "it was worse for `mat` beside `short`" in text
+    assert "(better)" not in text
+    even = {"full": (5.0, 5.1, 5.2), "mat": (5.1, 5.0, 5.2), "short": (5.0, 5.2, 5.1)}
+    text = " ".join(sentences.sentences({"bert": suite(even)}))
+    assert "covers zero, no difference was seen for `mat` beside `short`" in text
+    assert text.count("(no difference seen)") == 1
+
+
+def test_the_best_at_a_share_is_the_best_mean_and_its_rivals_are_named():
+    runs = paired("pareto", "test", [_task()], _methods(), (0, 1, 2))
+    losses = {"full": 5.0, "random-50%": 5.2, "short-50%": 5.4, "top-lambda_max-loss-50%": 5.1}
+    lines = [line(r, loss=losses[r.method.name] + 0.01 * r.seed) for r in runs]
+    [found] = facts.sorted_facts(lines)
+    assert list(pareto.shares(found)) == ["50%"]
+    names = pareto.shares(found)["50%"]
+    assert pareto.ranked(found, names)[0] == "top-lambda_max-loss-50%"
+    text = sentences.same_cost([found])
+    assert "with 50% of the units `top-lambda_max-loss-50%` had the best mean" in text
+    assert "better beside `random-50%` and better beside `short-50%`" in text
+
+
+def _task():
+    return bert.runs("test", [0])[0].task
+
+
+def _methods() -> list[Method]:
+    wanted = ("full", "random-50%", "short-50%", "top-lambda_max-loss-50%")
+    return [m for m in pareto_methods((0.5,)) if m.name in wanted]
+
+
+def test_probe_shares_and_callback_costs():
+    lines = suite(BETTER, mat={"probe_seconds": 1.0})
+    for one in lines:
+        one["scale"] = "cpu"
+    text = sentences.overhead({"bert": lines})
+    assert "Probes took 1.0% to 1.0% of a run's seconds" in text
+    assert "at most 1.5% in 1 of 1 suites" in text
+    rounds = [
+        {"plain": {"step_seconds": 1.0}, "active": {"step_seconds": ratio}}
+        for ratio in (1.0, 1.1, 9.0)
+    ]
+    assert overhead.step_ratio([{"rounds": rounds}], "active").mean == 1.1
+
+
+def test_tables_name_every_method_and_pair():
+    text = comparison.tables(suite(BETTER, mat={"flops": 8e14}))
+    for method in BETTER:
+        assert f"| `{method}` | 3 |" in text
+    assert "| `mat` − `short` | 3 | -0.4000 ± 0.0000 |" in text
+    assert "80%" in text
+    assert "| why units train or rest | below λ_α | λ_max ≥ λ_α |" in text
+    assert "| `mat` | 25% | 75% |" in text
+
+
+def test_runs_that_started_apart_are_called_unpaired():
+    lines = suite(BETTER)
+    assert "All methods of a seed started from the same weights" in comparison.tables(lines)
+    lines[4]["initial"] = "y"
+    assert "Not paired: methods started from different weights with seed 1." in comparison.tables(
+        lines
+    )
+
+
+def test_settings_of_the_report_do_not_depend_on_the_order_of_lines():
+    lines = suite(BETTER)
+    again = copy.deepcopy(lines)
+    assert comparison.tables(lines) == comparison.tables(again)
