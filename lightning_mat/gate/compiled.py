@@ -105,19 +105,32 @@ class StaticLayer(torch.autograd.Function):
         """Return the gradients of input, weight and bias."""
         x, weight, bias, number = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.lightning_mat.gated_backward(grad, x, weight, bias, number, needs)
+        # Of the parameter: what is saved here may be a copy in a layout of the compiler's.
+        strides = weight.stride()
+        grads = torch.ops.lightning_mat.gated_backward(
+            grad, x, weight, bias, number, needs, strides
+        )
         found = (g if need else None for g, need in zip(grads, needs, strict=True))
         return *found, None, None, None
 
 
-# A CUDA graph would record what trained when it was captured.
+# A CUDA graph would record what trained when it was captured. Inductor lays convolutions out
+# channels last: without the second tag it would copy everything to the layout of the eager model.
 @torch.library.custom_op(
-    "lightning_mat::gated_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+    "lightning_mat::gated_backward",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe, torch.Tag.flexible_layout),
 )
 def gated_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor, needs: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    number: Tensor,
+    needs: list[bool],
+    strides: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias as their shapes ask, empty where not needed."""
+    """Return the gradients of x, weight (laid out in strides) and bias, empty where not needed."""
     wanted = (needs[0], needs[1], needs[2])
     place = _places.get(int(number))
     if place is None:
@@ -127,23 +140,40 @@ def gated_backward(
         )
     with fresh_buffers():
         found = place.gradients(grad, x, weight, bias, wanted)
-    like = (x, weight, bias)
     out = []
-    for gradient, tensor, need in zip(found, like, wanted, strict=True):
+    for gradient, like in zip(found, _outputs(grad, x, weight, bias, needs, strides), strict=True):
         if gradient is None:
-            empty = grad.new_empty(0)
-            gradient = torch.zeros_like(tensor) if need and tensor is not None else empty
-        elif tensor is not None and gradient.stride() != tensor.stride():  # as the fake one says
-            gradient = torch.empty_like(tensor).copy_(gradient)
+            gradient = like.zero_()
+        elif gradient.stride() != like.stride():
+            gradient = like.copy_(gradient)
         out.append(gradient)
     return out[0], out[1], out[2]
 
 
 @gated_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, number: Tensor, needs: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    number: Tensor,
+    needs: list[bool],
+    strides: list[int],
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else grad.new_empty(0)
-        for tensor, need in zip((x, weight, bias), needs, strict=True)
+    return _outputs(grad, x, weight, bias, needs, strides)
+
+
+def _outputs(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: list[bool],
+    strides: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors laid out as the gradients are, not filled; empty where none is needed."""
+    return (
+        torch.empty_like(x) if needs[0] else grad.new_empty(0),
+        weight.new_empty_strided(weight.shape, strides) if needs[1] else grad.new_empty(0),
+        torch.empty_like(bias) if needs[2] and bias is not None else grad.new_empty(0),
     )

@@ -8,10 +8,13 @@ import random
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
 from examples.models.bert import Bert, preset
 from lightning_mat.gate import Gate
+from lightning_mat.gate.compiled import Gradients, Place
 from lightning_mat.units import partition
 from lightning_mat.units.core import Partition
 from tests.gate.cases import assert_close, even, rows
@@ -155,10 +158,36 @@ def test_strides_are_what_the_compiler_was_told():
     gate.apply([True, False, False, True])
     number = layer.forward.__self__.place.number
     for x in (torch.randn(3, 5, 6), torch.randn(5, 3, 6).transpose(0, 1), torch.randn(3, 6, 5).mT):
-        args = (torch.randn(3, 5, 8), x, layer.weight, layer.bias, number, [True, True, True])
-        torch.library.opcheck(
-            torch.ops.lightning_mat.gated_backward, args, test_utils=("test_faketensor",)
-        )
+        for weight in (layer.weight, layer.weight.detach().T.contiguous().T):
+            args = torch.randn(3, 5, 8), x, weight, layer.bias, number, [True] * 3, [6, 1]
+            torch.library.opcheck(
+                torch.ops.lightning_mat.gated_backward, args, test_utils=("test_faketensor",)
+            )
+
+
+def test_nothing_is_copied_to_another_layout(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten())
+    gate = Gate(
+        model, Partition(rows("0.weight", even(16, 4)) + rows("2.weight", even(8, 4)), model)
+    )
+    gate.apply([True, False] * 4)
+    seen = []
+
+    def spy(self: Place) -> Gradients:
+        def gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: object):
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return inner(grad, x, weight, *rest)
+
+        inner = original.fget(self)
+        return gradients
+
+    original = Place.gradients
+    monkeypatch.setattr(Place, "gradients", property(spy))
+    with fresh_cache():  # an older graph would say nothing of this one's layouts
+        torch.compile(model)(torch.randn(2, 3, 8, 8)).sum().backward()
+    # Inductor lays out what the convolutions of a CPU read with channels last.
+    wanted = torch._inductor.config.layout_optimization and torch.backends.mkldnn.is_available()
+    assert seen == [wanted, wanted]
 
 
 def test_a_resting_weight_has_no_gradient_and_moves_nothing():
