@@ -24,9 +24,10 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mat import MATCallback
-from lightning_mat.parallel import MATDDPStrategy
+from lightning_mat import MAT, MATCallback, Partition
+from lightning_mat.parallel import MATDDPStrategy, Ranks, Ready
 from lightning_mat.parallel.ready import hand_nothing
 from lightning_mat.parallel.refusals import check_strategy
 from lightning_mat.report.store import read
@@ -126,6 +127,51 @@ def test_a_loss_of_several_views_is_refused() -> None:
     losses = (nn.Parameter(torch.ones(2)) * 2).unbind()
     with pytest.raises(RuntimeError, match=r"loss\.clone\(\)"):
         hand_nothing(losses[0], [nn.Parameter(torch.ones(1))])
+
+
+class Forked(nn.Module):
+    """Uses another layer on every rank, beside blocks that units own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([cases.Block(), cases.Block()])
+        self.sides = nn.ModuleList([nn.Linear(cases.WIDTH, 1) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sides[dist.get_rank()](self.blocks[1](self.blocks[0](x)))
+
+
+def forked() -> str:
+    """Return what a backward pass says in which the ranks use different parameters."""
+    model = Forked()
+    ddp = DistributedDataParallel(model)
+    mat = MAT(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        Partition(cases.units(model), model),
+        cases.Cycle(),
+        skip="units",
+        ranks=Ranks(torch.device("cpu")),
+    )
+    mat.update(None, step=0)
+    ready, loss = Ready(ddp, mat), ddp(torch.ones(2, cases.WIDTH)).sum()
+    ready.before_backward(loss)
+    loss.backward()
+    try:
+        ready.after_backward()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        mat.close()
+    return "nothing"
+
+
+def test_ranks_that_use_other_parameters_are_told_what_to_do(
+    on_both: Callable[..., list[Any]],
+) -> None:
+    for said in on_both(forked):
+        assert "'sides.0.weight' got a gradient in 1 of 2 processes only" in said
+        assert "ddp_find_unused_parameters_true" in said
 
 
 # ---- resumed -------------------------------------------------------------------------------
