@@ -40,13 +40,15 @@ def predicted_step(result: Mapping[str, Any], run: Mapping[str, Any], row: Any) 
 
 
 def predicted_probe(result: Mapping[str, Any], run: Mapping[str, Any]) -> float:
-    """Return a probe's seconds: a forward pass on every rank, and the busiest rank's share."""
+    """Return a probe's seconds: a forward pass, the busiest rank's share, and the collectives."""
     alone, size = result["runs"][0]["probe"], run["processes"]
     forward = alone["forward_seconds"]
     rest = alone["seconds"] - forward
     busiest = forward + alone["busiest"][str(size)] * rest
     everyone = size * forward + alone["work"][str(size)] * rest
-    return float(max(busiest, everyone / result["cores"]))
+    latency, rate = wire(run) if size > 1 else (0.0, 0.0)
+    sent = alone["collectives"] * latency + rate * alone["gathered_bytes"]
+    return float(max(busiest, everyone / result["cores"]) + sent)
 
 
 def steps(result: Mapping[str, Any]) -> str:

@@ -158,6 +158,8 @@ def _probe(model: nn.Module, job: Job) -> dict[str, Any]:
         "samples": job.samples,
         "busiest": {str(n): max(load) for n, load in loads.items()},
         "work": {str(n): sum(load) for n, load in loads.items()},
+        # A flag, the samples (two), the numbers, and each buffer.
+        "collectives": 4 + sum(1 for buffer in model.buffers() if buffer.numel()),
         "gathered_bytes": 8 * len(mat.part) * (job.samples + 2),
         "decision_bytes": len(pickle.dumps(mat.decision.state_dict())),
         "cost_per_sample": float(cost.sum()),

@@ -24,6 +24,7 @@ def result() -> dict[str, Any]:
             "samples": 8,
             "busiest": {"1": 1.0, "2": 0.6, "4": 0.5, "8": 0.4},
             "work": {"1": 1.0, "2": 1.1, "4": 1.6, "8": 2.0},
+            "collectives": 4,
             "gathered_bytes": 8 * 20 * 10,
             "decision_bytes": 500,
         }
@@ -53,7 +54,9 @@ def test_predictions_are_those_of_the_formulas() -> None:
     # 0.1 s and 0.1 µs per byte on the wire; four processes take turns on two cores.
     assert steps == [pytest.approx(2.0), pytest.approx(2.3), pytest.approx(4.3)]
     probes = [ddp_markdown.predicted_probe(made, run) for run in (one, two, four)]
-    assert probes == [pytest.approx(4.0), pytest.approx(1 + 0.6 * 3), pytest.approx(4.4)]
+    sent = 4 * 0.1 + 1600e-7
+    expected = [4.0, 1 + 0.6 * 3 + sent, (4 * 1 + 1.6 * 3) / 2 + sent]
+    assert probes == [pytest.approx(seconds) for seconds in expected]
 
 
 def test_tables_show_what_was_counted() -> None:
