@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_mat.engine import MAT
@@ -22,12 +24,15 @@ from lightning_mat.mntk.alignment import check_alignment
 from lightning_mat.mntk.outputs import Forward, Output, check_output
 from lightning_mat.mntk.probe import check_settings
 from lightning_mat.optim.waking import WAKING
+from lightning_mat.parallel.batches import same_batch
+from lightning_mat.parallel.ready import Ready
+from lightning_mat.parallel.strategy import MATDDPStrategy
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Policy
 from lightning_mat.presets import paper_settings
 from lightning_mat.report.keeper import Keeper
 from lightning_mat.report.store import Probe
-from lightning_mat.run import check_run, log_metrics, run_folder, samples_of
+from lightning_mat.run import check_run, log_metrics, ranks_of, run_folder, samples_of
 from lightning_mat.sampling import check_loader, draw
 from lightning_mat.schedule import Schedule, steps_per_episode
 
@@ -87,6 +92,11 @@ class MATCallback(Callback):
     Probes are appended to ``mat/spectra.npz`` in the folder of the trainer's first logger. With
     ``Trainer(logger=False)`` nothing is written: ``callback.mat.history`` and checkpoints hold the
     extremes.
+
+    In several processes (``strategy="ddp"`` or ``"ddp_mat"``) every rank measures a share of the
+    units and all follow one decision; with ``"ddp_mat"``, see
+    :class:`lightning_mat.parallel.MATDDPStrategy`, gradients of what rests do not travel. FLOPs and
+    seconds are those of one process.
 
     Parameters that are frozen when the fit starts stay frozen and belong to no unit. Those that are
     unfrozen later, for instance by Lightning's ``BaseFinetuning``, always train.
@@ -169,6 +179,7 @@ class MATCallback(Callback):
         """The engine, from the start of a fit on."""
         self._restored: dict[str, Any] | None = None
         self._keeper = Keeper(None)
+        self._ready: Ready | None = None
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
         self._flops_of: dict[bytes, float] = {}
@@ -223,8 +234,13 @@ class MATCallback(Callback):
             self.policy,
             dry_run=self.dry_run,
             seed=self.seed,
+            ranks=ranks_of(trainer),
             **self._engine_options,
         )
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            self._ready = Ready(trainer.strategy.model, self.mat)
+        if isinstance(trainer.strategy, MATDDPStrategy):
+            trainer.strategy.follow(self.mat)
         if (check_units := getattr(self.policy, "check_units", None)) is not None:
             check_units(self.mat.table())
         if getattr(self.policy, "budget", None) is not None and not self.schedule.warmup_epochs:
@@ -245,6 +261,7 @@ class MATCallback(Callback):
         """Check the data, and take up a restored run's decision."""
         mat = self._mat()
         self._restore()
+        mat.check_ranks()
         mat.apply()
         if self.policy.needs_spectra:
             mat.prepare(self._samples_for_probe(trainer))
@@ -266,8 +283,17 @@ class MATCallback(Callback):
         self._step_before = trainer.global_step
         self._ledger.begin()
 
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Let DDP know which parameters will get no gradient."""
+        if self._ready is not None:
+            self._ready.before_backward(loss)
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let a gradient scaler find a gradient in every optimizer."""
+        """Drop DDP's zeros of what rests; let a gradient scaler find one in every optimizer."""
+        if self._ready is not None:
+            self._ready.after_backward()
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             for optimizer in self._mat().optimizers:
                 optimizer.ensure_gradient()
@@ -313,7 +339,7 @@ class MATCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Leave an ordinary model behind, whatever happened."""
-        self._close()
+        self._close(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave an ordinary model behind.
@@ -322,7 +348,7 @@ class MATCallback(Callback):
         fit still knows how many steps each unit has made.
         """
         if stage == "fit":
-            self._close()
+            self._close(trainer)
 
     # ---- state -----------------------------------------------------------------------------
 
@@ -404,8 +430,12 @@ class MATCallback(Callback):
 
     def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
         """Return a batch from the training set, on the device, as a training step would get it."""
-        loader = check_loader(self._loader(trainer), self.n_samples)
-        batch = draw(loader, self.n_samples, self.seed, self._mat().probes)
+        mat = self._mat()
+        with nullcontext() if mat.ranks is None else mat.ranks.together("drawing samples"):
+            loader = check_loader(self._loader(trainer), self.n_samples)
+            batch = draw(loader, self.n_samples, self.seed, mat.probes)
+        if mat.ranks is not None:
+            batch = same_batch(batch, mat.ranks)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch)
@@ -418,8 +448,13 @@ class MATCallback(Callback):
         else:
             self._ledger.recount()
 
-    def _close(self) -> None:
+    def _close(self, trainer: pl.Trainer) -> None:
         self._ledger.close()
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
+        if isinstance(trainer.strategy, MATDDPStrategy):
+            trainer.strategy.follow(None)
         if self.mat is not None:
             self.mat.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import warnings
@@ -18,6 +19,8 @@ from lightning_mat.mntk.outputs import Forward, Output
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.optim import MATOptimizer
+from lightning_mat.parallel.probing import SharedProbe
+from lightning_mat.parallel.ranks import Ranks
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Decision, History, Policy, UnitTable
 from lightning_mat.policies.base import FULL
@@ -48,6 +51,10 @@ class MAT:
             or ``"decay"``, see :class:`lightning_mat.MATOptimizer`.
         freeze_bn: Whether BatchNorm's running statistics of resting filters stop, see
             :class:`lightning_mat.Gate`.
+        ranks: The processes that train copies of the model together, see
+            :class:`lightning_mat.parallel.Ranks`; None for one process. All call :meth:`update`
+            with the same samples; rank 0 decides. Where DDP wraps the model, backward passes need
+            :class:`lightning_mat.parallel.Ready`.
 
     Parameters that are frozen (``requires_grad=False``) when the units are found belong to none and
     stay frozen; nothing here ever sets ``requires_grad``. Unfrozen later, they always train.
@@ -93,23 +100,28 @@ class MAT:
         seed: int = 0,
         waking: str = "keep",
         freeze_bn: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
+        self.ranks = ranks
         self.part = units if isinstance(units, Partition) else partition(model, units)
         self.policy = MATPolicy() if policy is None else policy
         self.dry_run = dry_run
-        self.probe = Probe(
-            model,
-            self.part,
-            output=output,
-            forward=forward,
-            precision=precision,
-            memory=memory,
-            backend=backend,
-            step_samples=step_samples,
-            seed=seed,
-            alignment=bool(getattr(self.policy, "needs_alignment", False)),
-        )
+        settings: dict[str, Any] = {
+            "output": output,
+            "forward": forward,
+            "precision": precision,
+            "memory": memory,
+            "backend": backend,
+            "step_samples": step_samples,
+            "seed": seed,
+            "alignment": bool(getattr(self.policy, "needs_alignment", False)),
+        }
+        self.probe: Probe | SharedProbe
+        if ranks is None:
+            self.probe = Probe(model, self.part, **settings)
+        else:
+            self.probe = SharedProbe(model, self.part, ranks, **settings)
         # Before the optimizers are wrapped: it may refuse.
         self.gate = Gate(model, self.part, skip=skip, freeze_bn=freeze_bn)
         given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
@@ -167,7 +179,7 @@ class MAT:
                 )
                 return self.decision
             self.history.append(self.spectra, step, epoch)
-        self.decision = self.policy.decide(self.history, self.table(), self.episode)
+        self.decision = self._decide()
         self.episode += 1
         # A policy that decides in every step mostly decides what holds already.
         if self._applied is None or not self._applied.trains_like(self.decision):
@@ -187,7 +199,8 @@ class MAT:
         start = time.perf_counter()
         self.gate.remove()
         try:
-            if self._flops_of_one is None:
+            # Several processes share out anew after the first probe, by what it counted.
+            if self._flops_of_one is None or (self.ranks is not None and self.probes == 1):
                 with flops.count() as counter:
                     spectra = self.probe.measure(batch)
                 self._flops_of_one = counter.total
@@ -236,6 +249,7 @@ class MAT:
             "probes": self.probes,
             "probe_seconds": self.probe_seconds,
             "probe_flops": self.probe_flops,
+            "shared": self.probe.state_dict() if isinstance(self.probe, SharedProbe) else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -262,8 +276,39 @@ class MAT:
         self.probes = int(state["probes"])
         self.probe_seconds = float(state["probe_seconds"])
         self.probe_flops = int(state["probe_flops"])
+        if isinstance(self.probe, SharedProbe):
+            self.probe.load_state_dict(state.get("shared", {}))
         self.spectra = None
         self.apply()
+
+    def _decide(self) -> Decision:
+        """Return the policy's decision; with several processes that of rank 0, checked on all.
+
+        Costs may be counted differently where ranks see other samples, so rank 0's decision is
+        sent. A policy of single steps would wait for that in every step: it decides on each rank,
+        which is checked at episodes 0, 1, 2, 4, 8, ...
+        """
+        decision = self.policy.decide(self.history, self.table(), self.episode)
+        if self.ranks is None:
+            return decision
+        alone = getattr(self.policy, "every_n_steps", None) is not None
+        if not alone or self.policy.needs_spectra:
+            decision = Decision.from_state_dict(self.ranks.from_first(decision.state_dict()))
+        elif self.episode & (self.episode - 1):
+            return decision
+        self.ranks.check_same("the decision", decision.digest())
+        return decision
+
+    def check_ranks(self) -> None:
+        """Check that every rank goes on from the same state, for instance of a checkpoint.
+
+        Raises:
+            RuntimeError: If one does not; the message names it.
+        """
+        if self.ranks is not None:
+            words = [self.decision.digest(), self.episode, len(self.history), *self.part.names]
+            digest = hashlib.sha256("\x00".join(map(str, words)).encode()).hexdigest()[:16]
+            self.ranks.check_same("the state", digest)
 
     def _everything(self) -> Decision:
         count = len(self.part)

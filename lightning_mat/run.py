@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_mat.mntk.samples import count_samples
+from lightning_mat.parallel.ranks import Ranks
+from lightning_mat.parallel.refusals import check_strategy
 
 
 def check_run(trainer: pl.Trainer, callback: type[Callback]) -> None:
@@ -21,7 +23,7 @@ def check_run(trainer: pl.Trainer, callback: type[Callback]) -> None:
         callback: The class of which there must be one.
 
     Raises:
-        ValueError: If the trainer has several, or the run has several processes.
+        ValueError: If the trainer has several, or its strategy cannot follow a decision.
     """
     found = [c for c in trainer.callbacks if isinstance(c, callback)]  # type: ignore[attr-defined]
     if len(found) > 1:
@@ -29,11 +31,12 @@ def check_run(trainer: pl.Trainer, callback: type[Callback]) -> None:
             f"the trainer has {len(found)} {callback.__name__}s, but only one can decide which "
             "units train: keep one"
         )
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"{callback.__name__} runs in one process so far, this run has {trainer.world_size}: "
-            "use Trainer(devices=1)"
-        )
+    check_strategy(trainer)
+
+
+def ranks_of(trainer: pl.Trainer) -> Ranks | None:
+    """Return the processes of a run; None for one process."""
+    return Ranks(trainer.strategy.root_device) if trainer.world_size > 1 else None
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

@@ -50,8 +50,11 @@ def check_loader(loader: object, n_samples: int) -> DataLoader[Any]:
 
 def _indices(loader: DataLoader[Any]) -> Sequence[int]:
     """Return the samples that training may see: a sampler's subset, else all."""
-    if isinstance(loader.sampler, SubsetRandomSampler):
-        return loader.sampler.indices
+    sampler: Any = loader.sampler
+    # Lightning deals a sampler out to several processes through a data set of its indices.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+    if isinstance(sampler, SubsetRandomSampler):
+        return sampler.indices
     return range(len(loader.dataset))  # type: ignore[arg-type]
 
 

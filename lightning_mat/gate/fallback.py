@@ -55,8 +55,10 @@ class ClearResting:
             self._clean = (grad.data_ptr(), grad._version)
         return grad
 
-    def __call__(self, grad: Tensor) -> Tensor | None:
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
         """Return the gradient with zeros where the parameter rests, None if it is so already."""
+        if grad is None:  # autograd visits parameters without a gradient, too
+            return None
         if grad.layout is not torch.strided:
             raise TypeError(
                 f"the gradient of {self.name!r} is {grad.layout}, of which a part cannot rest: "
@@ -95,7 +97,9 @@ class DropGradient:
         self.name = name
 
     def __call__(self, param: Tensor) -> None:
-        """Drop the gradient that was just accumulated."""
+        """Drop the gradient that was just accumulated, if any: autograd may come without one."""
+        if param.grad is None:
+            return
         param.grad = None
         note_once(
             f"used outside: {self.name}",

@@ -1,0 +1,174 @@
+"""Ready: DDP waits for every parameter's gradient; this tells it which will not come.
+
+DDP reduces a bucket once each of its parameters has had its gradient accumulated, and a parameter
+that rests whole is in no graph. ``find_unused_parameters=True`` would find that out by walking the
+graph in every step. But a decision says it before: one node on the loss, whose backward hands
+nothing (not even zeros) to those parameters, makes autograd visit them, and DDP fills their places
+with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_mat.gate.fallback import forget
+
+if TYPE_CHECKING:
+    from lightning_mat.engine import MAT
+
+
+class _Nothing(torch.autograd.Function):
+    """The identity on a loss, in place, with an undefined gradient for every other input."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *params: Tensor) -> Tensor:
+        """Return the loss itself."""
+        ctx.mark_dirty(loss)
+        ctx.count = len(params)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Pass the loss' gradient on."""
+        return (*grads, *[None] * ctx.count)
+
+
+def hand_nothing(loss: Tensor, params: list[nn.Parameter]) -> None:
+    """Make the backward pass from a loss visit some parameters without a gradient for them.
+
+    In place: whoever holds the loss calls its ``backward``. Its value and its version stay.
+
+    Raises:
+        RuntimeError: If the loss is one of several views of one tensor, as ``unbind`` makes them.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> visits = []
+        >>> handle = weight.register_hook(visits.append)
+        >>> loss = torch.ones(1, requires_grad=True).sum()
+        >>> hand_nothing(loss, [weight])
+        >>> loss.backward()
+        >>> weight.grad, visits
+        (None, [None])
+    """
+    try:
+        # A product may have saved the loss for its own backward pass: nothing in it changes.
+        with _unsafe_preserve_version_counter(loss):
+            _Nothing.apply(loss, *params)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the loss cannot be marked for DDP ({error}): if it is one of several views of one "
+            "tensor, as unbind and split make them, pass loss.clone() to the backward pass"
+        ) from error
+
+
+class Ready:
+    """Completes DDP's backward passes while units rest; one per fit.
+
+    With ``skip="units"`` also a parameter that trains may get no gradient: the norm in front of an
+    attention layer all of whose heads rest. In the first backward pass after a decision every
+    parameter is visited, and the ranks agree on which got none; those have ``.grad`` None, as
+    without DDP, until the next decision.
+
+    Args:
+        ddp: What wraps the model.
+        mat: The engine that decides.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, mat: MAT) -> None:
+        self.ddp, self.mat = ddp, mat
+        self._params = {
+            name: param
+            for name, param in mat.model.named_parameters()
+            if param.requires_grad and name not in ddp.parameters_to_ignore
+        }
+        self._active: Tensor | None = None
+        self._without: list[nn.Parameter] = []
+        self._known = True
+        self._seen: dict[str, bool] = {}
+        self._hooks: list[Callable[[], None]] = []
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Mark the loss; to be called right before its backward pass."""
+        if self._active is None or not torch.equal(self._active, self.mat.active):
+            self._follow(self.mat.active)
+        # DDP walks the graph itself, or does not wait for anything in this pass.
+        if self.ddp.find_unused_parameters or not self.ddp.require_backward_grad_sync:
+            return
+        if not self._known:
+            self._watch()
+            hand_nothing(loss, list(self._params.values()))
+        elif self._without:
+            hand_nothing(loss, self._without)
+
+    def after_backward(self) -> None:
+        """Drop DDP's zeros where there was no gradient; to be called after the backward pass.
+
+        Raises:
+            RuntimeError: If a parameter got a gradient on some of the ranks only.
+        """
+        if self._hooks:
+            self._agree()
+        for param in self._without:
+            param.grad = None
+
+    def close(self) -> None:
+        """Leave nothing on the parameters."""
+        for remove in self._hooks:
+            remove()
+        self._hooks.clear()
+
+    def _follow(self, active: Tensor) -> None:
+        self.close()
+        part = self.mat.part
+        self._active = active.clone()
+        self._without = [
+            param
+            for name, param in self._params.items()
+            if name in part.owners and part.rests_whole(name, active)
+        ]
+        self._known = self.mat.gate.skip == "weights" or bool(active.all())
+
+    def _watch(self) -> None:
+        """Note which parameters get a gradient in the pass that follows."""
+        self.close()
+        self._seen = dict.fromkeys(self._params, False)
+        for name, param in self._params.items():
+
+            def note(grad: Tensor | None, name: str = name) -> None:
+                self._seen[name] = self._seen[name] or grad is not None
+
+            handle = param.register_hook(note)
+
+            def remove(handle: Any = handle, param: nn.Parameter = param) -> None:
+                handle.remove()
+                forget(param)
+
+            self._hooks.append(remove)
+
+    def _agree(self) -> None:
+        """Find the parameters that got no gradient on any rank."""
+        self.close()
+        seen = torch.tensor(list(self._seen.values()), dtype=torch.int32)
+        device = next(iter(self._params.values())).device
+        count = seen.to(device)
+        dist.all_reduce(count, group=self.ddp.process_group)
+        size = dist.get_world_size(self.ddp.process_group)
+        for (name, param), ranks in zip(self._params.items(), count.tolist(), strict=True):
+            if 0 < ranks < size:
+                raise RuntimeError(
+                    f"parameter {name!r} got a gradient in {ranks} of {size} processes only: the "
+                    "model uses other parameters for other samples, so let DDP look in every step, "
+                    'with strategy="ddp_find_unused_parameters_true" or '
+                    "MATDDPStrategy(find_unused_parameters=True)"
+                )
+            if not ranks and all(param is not other for other in self._without):
+                self._without.append(param)
+        self._known = True

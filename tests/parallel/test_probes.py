@@ -1,0 +1,258 @@
+"""Probes in two processes: shares, the same numbers and the same decision everywhere, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
+
+from lightning_mat import MAT, Partition, partition, policies
+from lightning_mat.mntk.probe import Probe
+from lightning_mat.parallel.batches import digest, same_batch
+from lightning_mat.parallel.probing import SharedProbe, some_of
+from lightning_mat.parallel.ranks import Ranks
+from lightning_mat.parallel.shares import share_of_probe, share_out
+from lightning_mat.sampling import draw
+from tests.parallel import cases
+
+CPU = torch.device("cpu")
+
+
+def stack(layers: int = 12, width: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)]).double()
+
+
+def x(samples: int = 6) -> torch.Tensor:
+    return torch.randn(samples, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+# ---- who measures what ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 12, 40])
+def test_every_unit_has_one_rank_and_shares_are_balanced(size: int) -> None:
+    part = partition(stack(), "layers")
+    cost = torch.linspace(1, 3, len(part), dtype=torch.float64)
+    shares = share_out(part, cost, size)
+    assert len(shares) == size
+    assert sorted(unit for share in shares for unit in share) == list(range(len(part)))
+    loads = share_of_probe(part, cost, shares)
+    if size == 1:
+        assert loads == [pytest.approx(1.0)]
+    elif size < len(part):
+        # Nobody does more than the lowest layer's backward pass and its even part of the Grams,
+        # but for one layer.
+        assert max(loads) <= 1 / 3 + 2 / 3 / size + float(cost.max() / cost.sum())
+        assert max(loads) < share_of_probe(part, cost, share_out(part, cost, size - 1))[0] + 1e-9
+    assert shares == share_out(part, cost, size)
+
+
+def test_layers_are_measured_whole_where_there_are_enough() -> None:
+    model = nn.Sequential(*[cases.Block() for _ in range(8)])
+    part = partition(model, "ffn")
+    for share in share_out(part, None, 2):
+        others = [i for i in range(len(part)) if i not in share]
+        assert {part.layers[i] for i in share}.isdisjoint(part.layers[i] for i in others)
+
+
+def test_a_partition_of_some_units_measures_the_same() -> None:
+    net = cases.Net()
+    part = Partition(cases.units(net), net)
+    batch = cases.points(8).tensors[0]
+    everything = Probe(net, part).measure(batch)
+    for share in ([0], [1, 2], [3, 0]):
+        some = Probe(net, some_of(part, share)).measure(batch)
+        torch.testing.assert_close(some.eigenvalues, everything.eigenvalues[share])
+        torch.testing.assert_close(some.cost, everything.cost[share])
+        assert some.names == tuple(part.names[i] for i in share)
+
+
+# ---- measuring together --------------------------------------------------------------------
+
+
+def measured(layers: int, settings: dict[str, Any]) -> Any:
+    """Return the spectra of two probes, and what this rank measured in each."""
+    ranks = Ranks(CPU)
+    # (inputs, labels) where the loss is the output
+    batch = (x(), torch.arange(6) % 8) if "output" in settings else x()
+    model = stack(layers)
+    model.insert(1, nn.BatchNorm1d(8).double())
+    # Statistics differ between the ranks, as after a step.
+    model[1].running_mean.add_(ranks.rank)
+    before = [b.clone() for b in model.buffers()]
+    probe = SharedProbe(model, partition(model, "layers"), ranks, **settings)
+    found = [probe.measure(batch) for _ in range(2)]
+    assert all(map(torch.equal, before, model.buffers()))
+    own = probe._own()[0]
+    assert all(p.grad is None for p in model.parameters())
+    return found[0].eigenvalues, found[1].eigenvalues, found[1].cost, found[1].alignment, own
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings"), [(12, {}), (1, {}), (4, {"output": "loss", "alignment": True})]
+)
+def test_shared_probes_measure_what_one_process_does(
+    layers: int, settings: dict[str, Any], on_both: Callable[..., list[Any]]
+) -> None:
+    model = stack(layers)
+    model.insert(1, nn.BatchNorm1d(8).double())
+    part = partition(model, "layers")
+    batch = (x(), torch.arange(6) % 8) if settings else x()
+    expected = Probe(model, part, **settings).measure(batch)
+    first, second = on_both(measured, layers, settings)
+    for mine, other in zip(first[:4], second[:4], strict=True):
+        assert torch.equal(mine, other) if mine is not None else other is None
+    assert (first[3] is None) == (expected.alignment is None)
+    if expected.alignment is not None:
+        torch.testing.assert_close(first[3], expected.alignment, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(first[0], expected.eigenvalues, rtol=1e-9, atol=1e-9)
+    assert torch.equal(first[2], expected.cost)
+    assert sorted(first[4] + second[4]) == list(range(len(part)))
+
+
+def disagreeing() -> Any:
+    """Return the errors of what ranks do differently."""
+    ranks, found = Ranks(CPU), []
+
+    def failing(what: Callable[[], None]) -> str:
+        try:
+            what()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    def probe() -> None:
+        with ranks.together("the probe"):
+            if ranks.rank == 1:
+                raise ValueError("no memory for it")
+
+    found.append(failing(probe))
+    found.append(failing(lambda: ranks.check_same("the decision", f"{ranks.rank}")))
+    found.append(failing(lambda: ranks.check_same("the decision", "same")))
+
+    class Odd(nn.Module):
+        """The last layer raises in its forward on one rank."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = stack(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if ranks.rank == 0:
+                raise KeyError("mine")
+            return self.net(x)
+
+    model = Odd()
+    mat = MAT(model, units="layers", ranks=ranks)
+    found.append(failing(lambda: mat.prepare(x())))
+    return found
+
+
+def test_what_fails_on_one_rank_fails_on_all(on_both: Callable[..., list[Any]]) -> None:
+    first, second = on_both(disagreeing)
+    assert first[0] == (
+        "RuntimeError: the probe failed in process 1 of 2: ValueError: no memory for it"
+    )
+    assert second[0] == "ValueError: no memory for it"
+    assert first[1] == second[1]
+    assert "process 1" in first[1]
+    assert first[2] == second[2] == "nothing"
+    assert first[3].startswith("KeyError")
+    assert "failed in process 0 of 2: KeyError" in second[3]
+
+
+def differing() -> Any:
+    ranks = Ranks(CPU)
+    mine = {"x": torch.full((4, 2), float(ranks.rank)), "name": "a"}
+    same = {"x": torch.zeros(4, 2), "name": "a"}
+    return same_batch(mine, ranks), same_batch(same, ranks) is same
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_samples_of_rank_0_are_measured_where_data_differ(
+    on_both: Callable[..., list[Any]],
+) -> None:
+    for batch, kept in on_both(differing):
+        assert torch.equal(batch["x"], torch.zeros(4, 2))
+        assert kept
+
+
+def test_digests_tell_batches_apart() -> None:
+    batch = [torch.arange(3), ("a", 1)]
+    others = [[torch.arange(3) + 1, ("a", 1)], [torch.arange(3.0), ("a", 1)], [torch.arange(3), ()]]
+    assert digest(batch) == digest([torch.arange(3), ("a", 1)])
+    assert all(digest(other) != digest(batch) for other in others)
+    assert digest(torch.zeros(0, dtype=torch.bfloat16)) != digest(torch.zeros(0))
+
+
+def test_a_subset_stays_one_where_lightning_deals_out_its_sampler() -> None:
+    data = TensorDataset(torch.arange(20))
+    wrapped = DistributedSamplerWrapper(SubsetRandomSampler([3, 4, 5, 6]), 2, 0)
+    drawn = draw(DataLoader(data, sampler=wrapped), 4, 0, 0)[0]
+    assert sorted(drawn.tolist()) == [3, 4, 5, 6]
+    plain = DistributedSampler(data, 2, 0)
+    assert len(draw(DataLoader(data, sampler=plain), 20, 0, 0)[0]) == 20
+
+
+# ---- deciding together ---------------------------------------------------------------------
+
+
+class Drawn(policies.Policy):
+    """Decides something else on every rank."""
+
+    needs_spectra = True
+
+    def decide(self, history: Any, units: Any, episode: int) -> policies.Decision:
+        active = torch.tensor([True, torch.distributed.get_rank() == 0, False, True])
+        return policies.Decision(active, ("test",) * 4, {"ffn": 0.1}, units.kinds)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rank_0_decides(tmp_path: Path, on_both: Callable[..., list[Any]]) -> None:
+    first, second = on_both(
+        cases.gradients, tmp_path, ("ddp_mat", {}), {"mat": {"policy": Drawn()}, "max_steps": 3}
+    )
+    assert first["active"] == second["active"] == [[True, True, False, True]] * 3
+    assert first["decision"] == second["decision"]
+
+
+class Loose(Drawn):
+    """The same, in single steps and without spectra."""
+
+    needs_spectra = False
+    every_n_steps = 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_policy_that_is_no_function_of_the_history_is_found_out(
+    tmp_path: Path, processes: Any
+) -> None:
+    options = {"mat": {"policy": Loose(), "every_n_steps": 1}, "max_steps": 3}
+    for error in processes.run(cases.gradients, tmp_path, ("ddp", {}), options):
+        assert isinstance(error, RuntimeError)
+        assert "the decision of process 1 is another" in str(error)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_decisions_of_two_processes_are_those_of_one(
+    tmp_path: Path, on_both: Callable[..., list[Any]]
+) -> None:
+    options = {"mat": {"alpha": "auto", "every_n_steps": 2}, "net": {"batch_norm": True}}
+    alone = cases.gradients(tmp_path / "a", None, options)
+    first, second = on_both(cases.gradients, tmp_path / "b", ("ddp_mat", {}), options)
+    assert first["active"][:2] == alone["active"][:2]
+    for key, value in first["history"].items():
+        other = second["history"][key]
+        if key == "names":
+            assert value == other
+            continue
+        torch.testing.assert_close(value, other, rtol=0, atol=0, equal_nan=True)
+    a, b = first["history"]["lambda_max"][0], alone["history"]["lambda_max"][0]
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=0)

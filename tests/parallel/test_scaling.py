@@ -1,0 +1,72 @@
+"""docs/scaling.md: its numbers come from the result file, its formulas are the code's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import ddp_markdown
+
+PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def result() -> dict[str, Any]:
+    """Return a result in which one process makes a step in 2 s and a probe in 1 + 3 s."""
+
+    def run(processes: int, seconds: float) -> dict[str, Any]:
+        row = {"way": "ddp_mat", "share": 0.5, "seconds": seconds, "bytes": 2_000_000}
+        probe = {
+            "seconds": 4.0,
+            "forward_seconds": 1.0,
+            "units": 20,
+            "samples": 8,
+            "busiest": {"1": 1.0, "2": 0.6, "4": 0.5, "8": 0.4},
+            "work": {"1": 1.0, "2": 1.1, "4": 1.6, "8": 2.0},
+            "collectives": 4,
+            "gathered_bytes": 8 * 20 * 10,
+            "decision_bytes": 500,
+        }
+        wire = [{"bytes": 0.0, "seconds": 0.1}, {"bytes": 4e6, "seconds": 0.5}]
+        sizes = {"elements": 1_000_000, "trained_elements": 500_000}
+        return {
+            "processes": processes,
+            "steps": [row | sizes],
+            "probe": probe,
+            "all_reduce": wire,
+        }
+
+    return {
+        "title": "a model",
+        "batch_size": 4,
+        "rounds": 3,
+        "cores": 2,
+        "large": [8],
+        "runs": [run(1, 2.0), run(2, 2.5), run(4, 5.0)],
+    }
+
+
+def test_predictions_are_those_of_the_formulas() -> None:
+    made = result()
+    one, two, four = made["runs"]
+    steps = [ddp_markdown.predicted_step(made, run, run["steps"][0]) for run in (one, two, four)]
+    # 0.1 s and 0.1 µs per byte on the wire; four processes take turns on two cores.
+    assert steps == [pytest.approx(2.0), pytest.approx(2.3), pytest.approx(4.3)]
+    probes = [ddp_markdown.predicted_probe(made, run) for run in (one, two, four)]
+    sent = 4 * 0.1 + 1600e-7
+    expected = [4.0, 1 + 0.6 * 3 + sent, (4 * 1 + 1.6 * 3) / 2 + sent]
+    assert probes == [pytest.approx(seconds) for seconds in expected]
+
+
+def test_tables_show_what_was_counted() -> None:
+    page = ddp_markdown.page(result())
+    assert "| 2 | `ddp_mat` | 50% | 50.0% | 2.00 | 50.0% | 2.500 | 2.300 |" in page
+    assert "| 8 | 40.0% | 2.8 | 0.5 |  |  |" in page
+    assert "| 8 | 3.50 |" in page
+
+
+def test_tables_are_those_of_the_result_file() -> None:
+    assert "Counted and measured" in PAGE
+    for block in ddp_markdown.committed().split("\n\n"):
+        assert block in PAGE
