@@ -54,7 +54,8 @@ class MATCallback(Callback):
         beta: A unit rests when its λ_max changes by less than this share of its first change
             (equation 6), ≥ 0; a number or one per kind. Only without ``policy``.
         every_n_epochs: Epochs per episode.
-        every_n_steps: Optimizer steps per episode, in the place of ``every_n_epochs``.
+        every_n_steps: Optimizer steps per episode, in the place of ``every_n_epochs``. Policies
+            with a calendar of their own (:class:`lightning_mat.policies.Multirate`) allow no other.
         warmup_epochs: Epochs before the first probe, in which everything trains.
         n_samples: S, the samples of a probe, at least 2.
         output: The scalar per sample: ``"sum_logits"``, ``"random"``, ``"loss"`` or a callable
@@ -182,9 +183,8 @@ class MATCallback(Callback):
         Args:
             which: ``"bert"``, ``"switch"`` or ``"vgg"``; :mod:`lightning_mat.presets` has the
                 settings and where the paper says them.
-            overrides: Arguments that replace those settings. A ``policy`` replaces the thresholds,
-                too, so that the paper's baselines run on its calendar:
-                ``MATCallback.paper("bert", policy=policies.Random(0.5))``.
+            overrides: Arguments that replace those settings. A ``policy`` replaces the thresholds
+                and the protection, too.
 
         Raises:
             ValueError: If there is no such preset.

@@ -20,7 +20,8 @@ class Multirate:
     Of the n units of each (layer, kind), ``round(fast · n)`` are fast (Python's ``round``: halves
     go to the even number). They are drawn once, by the seed and the units alone, for the whole run.
     An episode is one optimizer step, and needs no probe; slow units step in the episodes 0, k, 2k,
-    ..., with the gradient at the beginning of k steps of the fast ones.
+    ...: the paper leaves open which of k steps it is, and a first step in which everything trains
+    shows what a full step costs.
 
     Args:
         k: Steps of the fast units per step of the slow ones, at least 1; with 1 all are fast.
@@ -32,9 +33,10 @@ class Multirate:
         ValueError: If k is no whole number ≥ 1, or the share is outside [0, 1].
 
     Source:
-        Vlaar & Leimkuhler, "Multirate Training of Neural Networks" (ICML 2022); in the form of Shi
+        Vlaar & Leimkuhler, "Multirate Training of Neural Networks" (ICML 2022), in the form of Shi
         et al., MAT (NeurIPS 2023), appendix B.1: "fast heads updated every step of stepsize η and
-        slow ones updated every k = 5 step of stepsize kη".
+        slow ones updated every k = 5 step of stepsize kη". The former's linear drift, which spreads
+        a slow update over the k steps, is not part of it.
 
     Example:
         >>> table = UnitTable(("a", "b"), ("head",) * 2, ("x",) * 2, torch.zeros(2))
