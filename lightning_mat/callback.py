@@ -257,7 +257,6 @@ class MATCallback(Callback):
         mat.apply()
         if self.policy.needs_spectra:
             mat.prepare(self._samples_for_probe(trainer))
-        self._ledger.recount()
         self._keeper = Keeper(run_folder(trainer), keep_eigenvalues=self.keep_eigenvalues)
         if trainer.is_global_zero:
             self._keeper.begin(trainer.global_step)

@@ -110,6 +110,7 @@ class Probe:
         self._parameters = {n: p for n, p in model.named_parameters() if n in part.owners}
         self._scalars = Scalars(model, output, forward or default_forward, seed)
         self._look: Look | None = None
+        self._seen: list[tuple[str, nn.Module]] = []
         self._routed = False
 
     def measure(self, batch: Any) -> Spectra:
@@ -183,8 +184,11 @@ class Probe:
             )
 
     def _prepare(self, batch: Any) -> None:
-        if self._look is not None and not self._look.unsure:
+        layers = list(self.model.named_modules())
+        # A layer that was added may come after the one that was the last.
+        if self._look is not None and not self._look.unsure and layers == self._seen:
             return
+        self._seen = layers
         two = take_samples(batch, 0, 2)
         try:
             self._look = look(self._scalars, self.modules, self.names, two)

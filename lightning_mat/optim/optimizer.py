@@ -214,7 +214,9 @@ class MATOptimizer(Optimizer):
         for name, packed in state_dict.get("mat", {}).items():
             param = params.get(name)
             loaded = None if param is None else unpack_histories(slicer.slabs[param], packed)
-            if loaded is None and param is not None and maps:
+            if loaded is None and maps:
+                if param is None:
+                    continue  # no unit's any more: whole, as plain torch.optim loads it
                 loaded, anew[param] = map_histories(slicer.slabs[param], packed)
             if param is None or loaded is None:
                 raise ValueError(
