@@ -350,6 +350,8 @@ class MATCallback(Callback):
             "mat": self.mat.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
+            # Of policies that decide in every step, which come back to a few decisions.
+            "flops": {k.hex(): v for k, v in self._flops_of.items()} if self._steps_alone else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -361,6 +363,8 @@ class MATCallback(Callback):
         # Earlier checkpoints have the schedule's entries at the top.
         self.schedule.load_state_dict(state_dict.get("schedule", state_dict))
         self._ledger.load_state_dict(state_dict["ledger"])
+        counted = state_dict.get("flops", {})
+        self._flops_of = {bytes.fromhex(key): float(value) for key, value in counted.items()}
 
     def summary(self) -> dict[str, float | int]:
         """Return what the run has cost so far.

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from lightning_mat import MATCallback
+from lightning_mat import MATCallback, policies
 from lightning_mat.checkpoint import AtomicCheckpointIO
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.report.store import read
@@ -176,6 +176,36 @@ def test_after_an_exception(
             fit(tmp_path, log, *keepers, *stop)
     for name in ("one", "other"):
         whole.check(*fit(tmp_path, log, ckpt_path=tmp_path / f"{name}.ckpt"))
+
+
+class EveryThird:
+    """The last layer trains always, the others in every third step."""
+
+    needs_spectra = False
+    every_n_steps = 1
+
+    def decide(self, history: Any, units: Any, episode: int) -> policies.Decision:
+        active = torch.tensor([episode % 3 == 0] * (len(units) - 1) + [True])
+        return policies.Decision(active, ("full",) * len(units), {}, units.kinds)
+
+
+def test_a_policy_of_every_step_counts_nothing_again(tmp_path: Path) -> None:
+    runs = []
+    for stops in (False, True):
+        log, save = Memory(tmp_path / str(stops)), OnExceptionCheckpoint(tmp_path)
+        runs.append((log, model()))
+        for part in range(1 + stops):
+            callback = mat(policy=EveryThird(), warmup_epochs=0)
+            others = [save, Stop("on_train_batch_end", 9, end)] if stops and part == 0 else []
+            fit = trainer(tmp_path, callback, *others, logger=log, enable_checkpointing=True)
+            path = tmp_path / "on_exception.ckpt" if part else None
+            try:
+                fit.fit(runs[-1][1], data(), ckpt_path=path)
+            except EndedError:
+                assert part == 0
+    (log, module), (other_log, other) = runs
+    assert log.found == other_log.found
+    assert all(map(torch.equal, weights(module), weights(other)))
 
 
 def test_after_sigterm(whole: Whole, tmp_path: Path) -> None:
