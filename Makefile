@@ -3,6 +3,7 @@
 #   make demo    trains a small BERT plain and with MAT on a corpus that every Python carries
 #   make test    runs the tests and shows the coverage
 #   make bench   measures the probe and the step
+#   make soak    the long forms: twenty kills, many random orders of events, ten thousand steps
 #   make lint    ruff, mypy, clang-format
 #
 # PYTHON names the interpreter for .venv; TORCH the torch to install, e.g. TORCH="torch==2.13.0".
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 COMPILED := setup.py pyproject.toml $(wildcard build_tools/*.py csrc/*.* csrc/*/*)
 
-.PHONY: demo test bench lint clean distclean FORCE
+.PHONY: demo test bench soak lint clean distclean FORCE
 
 demo: $(STAMPS)/package
 	$(BIN)/python examples/bert_wikitext2.py --demo
@@ -30,6 +31,10 @@ test: $(STAMPS)/dev
 bench: $(STAMPS)/package
 	$(BIN)/python benchmarks/probe.py
 	$(BIN)/python benchmarks/step.py --model bert-small
+
+soak: $(STAMPS)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/soak $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .

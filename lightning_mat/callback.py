@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_mat.engine import MAT
 from lightning_mat.gate.gate import SKIPS
 from lightning_mat.ledger import Ledger
+from lightning_mat.mapping import check_partition_change
 from lightning_mat.metrics import episode_metrics, run_summary
 from lightning_mat.mntk.alignment import check_alignment
 from lightning_mat.mntk.outputs import Forward, Output, check_output
@@ -83,6 +84,9 @@ class MATCallback(Callback):
             or ``"decay"``; see :class:`lightning_mat.MATOptimizer`.
         freeze_bn: Whether BatchNorm's running statistics of resting filters stop; see
             :class:`lightning_mat.Gate`.
+        on_partition_change: What becomes of a checkpoint of other units: ``"refuse"`` it, with the
+            units that differ, or ``"map"`` it: units of the same name keep their history, decision
+            and optimizer state, new ones train.
 
     Decisions change between optimizer steps only: while gradients are being accumulated, an episode
     that is due waits for the step. With manual optimization a batch without a call of
@@ -138,6 +142,7 @@ class MATCallback(Callback):
         keep_eigenvalues: bool = True,
         waking: str = "keep",
         freeze_bn: bool = False,
+        on_partition_change: str = "refuse",
     ) -> None:
         super().__init__()
         if not isinstance(n_samples, int):
@@ -157,6 +162,7 @@ class MATCallback(Callback):
             raise ValueError(f"skip must be one of {SKIPS}, got {skip!r}")
         if waking not in WAKING:
             raise ValueError(f"waking must be one of {WAKING}, got {waking!r}")
+        check_partition_change(on_partition_change)
         check_output(output)
         check_settings(precision, memory)
         self.policy: Policy = MATPolicy(alpha, beta, protect=protect) if policy is None else policy
@@ -174,10 +180,12 @@ class MATCallback(Callback):
             "skip": skip,
             "waking": waking,
             "freeze_bn": freeze_bn,
+            "on_partition_change": on_partition_change,
         }
         self.mat: MAT | None = None
         """The engine, from the start of a fit on."""
         self._restored: dict[str, Any] | None = None
+        self._undecided: dict[str, Any] | None = None
         self._keeper = Keeper(None)
         self._ready: Ready | None = None
         self._loaded: dict[str, Any] = {}
@@ -219,6 +227,7 @@ class MATCallback(Callback):
         if stage != "fit":
             return
         self._ledger, self._flops_of, self._restored = Ledger(), {}, None
+        self._undecided = None
         self.schedule.begin()
         if self.mat is not None:
             for optimizer in self.mat.optimizers:
@@ -265,7 +274,6 @@ class MATCallback(Callback):
         mat.apply()
         if self.policy.needs_spectra:
             mat.prepare(self._samples_for_probe(trainer))
-        self._ledger.recount()
         self._keeper = Keeper(run_folder(trainer), keep_eigenvalues=self.keep_eigenvalues)
         if trainer.is_global_zero:
             self._keeper.begin(trainer.global_step)
@@ -279,7 +287,10 @@ class MATCallback(Callback):
     ) -> None:
         """Begin an episode where one is due; count the FLOPs of its first step."""
         if self.schedule.ready(self.should_probe(trainer, batch_idx)):
+            # A signal or an error may have a checkpoint saved while the episode is half begun.
+            self._undecided = None if self._steps_alone else self.state_dict()
             self._begin_episode(trainer, pl_module, batch)
+            self._undecided = None
         self._step_before = trainer.global_step
         self._ledger.begin()
 
@@ -353,13 +364,20 @@ class MATCallback(Callback):
     # ---- state -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain types; loads under ``torch.load(weights_only=True)``."""
+        """Return tensors and plain types; loads under ``torch.load(weights_only=True)``.
+
+        While an episode begins, it is the state before: a run resumed from it begins the episode.
+        """
+        if self._undecided is not None:
+            return self._undecided
         if self.mat is None or self._restored is not None:
             return self._loaded
         return {
             "mat": self.mat.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
+            # Of policies that decide in every step, which come back to a few decisions.
+            "flops": {k.hex(): v for k, v in self._flops_of.items()} if self._steps_alone else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -371,6 +389,8 @@ class MATCallback(Callback):
         # Earlier checkpoints have the schedule's entries at the top.
         self.schedule.load_state_dict(state_dict.get("schedule", state_dict))
         self._ledger.load_state_dict(state_dict["ledger"])
+        counted = state_dict.get("flops", {})
+        self._flops_of = {bytes.fromhex(key): float(value) for key, value in counted.items()}
 
     def summary(self) -> dict[str, float | int]:
         """Return what the run has cost so far.
@@ -382,7 +402,7 @@ class MATCallback(Callback):
             trained, over the batches. ``full_step_flops``: per sample, with everything training,
             as counted in the warm-up; without one, the first step's plus the weight gradients of
             what rested in it, which is a lower bound.
-            ``probes``: how many.
+            ``probes``: how many. ``skipped_probes``: how many could not be measured.
         """
         return run_summary(self._mat(), self._ledger)
 
@@ -409,12 +429,21 @@ class MATCallback(Callback):
         batch: Any,
     ) -> None:
         mat = self._mat()
-        before, probes = mat.decision, mat.probes
+        before, probes, skipped = mat.decision, mat.probes, mat.skipped
         spent = mat.probe_seconds
         mat.probe.step_samples = samples_of(batch)
-        samples = self._samples_for_probe(trainer) if self.policy.needs_spectra else None
-        decision = mat.update(samples, step=trainer.global_step, epoch=trainer.current_epoch)
+        samples = None
+        if self.policy.needs_spectra:
+            try:
+                samples = self._samples_for_probe(trainer)
+            except Exception as error:
+                mat.skip(error, step=trainer.global_step)
+        if mat.skipped == skipped:
+            mat.update(samples, step=trainer.global_step, epoch=trainer.current_epoch)
+        decision = mat.decision
         self.schedule.decided(trainer.global_step)
+        if mat.skipped > skipped:
+            return
         if not torch.equal(before.active, decision.active):
             self._recount()
         if self._steps_alone and mat.episode > 1:
@@ -433,7 +462,8 @@ class MATCallback(Callback):
         mat = self._mat()
         with nullcontext() if mat.ranks is None else mat.ranks.together("drawing samples"):
             loader = check_loader(self._loader(trainer), self.n_samples)
-            batch = draw(loader, self.n_samples, self.seed, mat.probes)
+            # Samples that cannot be read are not drawn again.
+            batch = draw(loader, self.n_samples, self.seed, mat.probes + mat.skipped)
         if mat.ranks is not None:
             batch = same_batch(batch, mat.ranks)
         batch = trainer.precision_plugin.convert_input(batch)

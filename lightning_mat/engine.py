@@ -14,7 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mat import flops
+from lightning_mat.faults import check_survivable, decide_measured, nothing_to_decide
 from lightning_mat.gate import Gate
+from lightning_mat.mapping import check_partition_change, mapped_decision, unit_diff
+from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.outputs import Forward, Output
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.mntk.spectra import Spectra
@@ -55,6 +58,8 @@ class MAT:
             :class:`lightning_mat.parallel.Ranks`; None for one process. All call :meth:`update`
             with the same samples; rank 0 decides. Where DDP wraps the model, backward passes need
             :class:`lightning_mat.parallel.Ready`.
+        on_partition_change: What :meth:`load_state_dict` does with a state of other units:
+            ``"refuse"`` it, or ``"map"`` it by their names.
 
     Parameters that are frozen (``requires_grad=False``) when the units are found belong to none and
     stay frozen; nothing here ever sets ``requires_grad``. Unfrozen later, they always train.
@@ -65,6 +70,8 @@ class MAT:
         history: Scalars of all probes so far.
         decision: Who trains now.
         spectra: The newest probe, or None.
+        probes: How many probes were measured.
+        skipped: How many could not be, see :meth:`skip`.
         full_cost: FLOPs per sample of a step in which everything trains, for policies with a
             budget: set it to what :func:`lightning_mat.flops.count` counts in one such step, over
             its samples.
@@ -101,7 +108,10 @@ class MAT:
         waking: str = "keep",
         freeze_bn: bool = False,
         ranks: Ranks | None = None,
+        on_partition_change: str = "refuse",
     ) -> None:
+        check_partition_change(on_partition_change)
+        self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
         self.part = units if isinstance(units, Partition) else partition(model, units)
@@ -126,7 +136,7 @@ class MAT:
         self.gate = Gate(model, self.part, skip=skip, freeze_bn=freeze_bn)
         given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self.optimizers: list[MATOptimizer] = [
-            MATOptimizer(o, model, self.part, waking) for o in given
+            MATOptimizer(o, model, self.part, waking, on_partition_change) for o in given
         ]
         self.history = History()
         self.spectra: Spectra | None = None
@@ -135,6 +145,7 @@ class MAT:
         self.full_cost = 0.0
         self.episode = 0
         self.probes = 0
+        self.skipped = 0
         self.probe_seconds = 0.0
         self.probe_flops = 0
         self._flops_of_one: int | None = None
@@ -154,8 +165,9 @@ class MAT:
     def update(self, batch: Any, *, step: int, epoch: int = 0) -> Decision:
         """Begin an episode: measure, decide, and let the gate and the optimizers follow.
 
-        Call it between optimizer steps. A probe in which a unit's spectrum is NaN or Inf decides
-        nothing: the previous decision stays, with a warning.
+        Call it between optimizer steps. Units whose spectrum is NaN or Inf stay as they are, and
+        the others are decided without them; a probe of which nothing is left, of a kind or in all,
+        or that does not fit the memory decides nothing. Each costs a warning.
 
         Args:
             batch: Samples for the probe; ignored if the policy needs no spectra.
@@ -166,25 +178,51 @@ class MAT:
             Who trains from now on.
         """
         if self.policy.needs_spectra:
-            self.spectra = self.measure(batch)
+            try:
+                self.spectra = self.measure(batch)
+            except ProbeMemoryError as error:
+                self.skip(error, step=step)
+                return self.decision
             finite = self.spectra.finite
+            keeps = nothing_to_decide(finite, self.part.kinds)
             if not finite.all():
                 failed = int((~finite).sum())
                 first = self.part.names[int((~finite).nonzero()[0])]
                 warnings.warn(
                     f"probe at step {step}: the spectra of {failed} of {len(self.part)} units "
-                    f"(first {first!r}) are NaN or Inf; keeping the previous decision. Look at the "
-                    "loss and the learning rate",
+                    f"(first {first!r}) are NaN or Inf; keeping "
+                    f"{'the previous decision' if keeps else 'these units as they are'}. Look at "
+                    "the loss and the learning rate",
                     stacklevel=2,
                 )
+            if keeps:
                 return self.decision
-            self.history.append(self.spectra, step, epoch)
+            self.history.append(self.spectra, step, epoch, gaps=True)
         self.decision = self._decide()
         self.episode += 1
         # A policy that decides in every step mostly decides what holds already.
         if self._applied is None or not self._applied.trains_like(self.decision):
             self.apply()
         return self.decision
+
+    def skip(self, error: BaseException, *, step: int) -> None:
+        """Go on without a probe that could not be measured: the decision stays, with a warning.
+
+        Args:
+            error: What came in its way.
+            step: Optimizer steps done so far.
+
+        Raises:
+            BaseException: The error itself, if it is a mistake in a program, or an interruption;
+                see :mod:`lightning_mat.faults`.
+        """
+        check_survivable(error)
+        self.skipped += 1
+        warnings.warn(
+            f"probe at step {step}: {type(error).__name__}: {error}; skipping this probe and "
+            "keeping the previous decision",
+            stacklevel=3,
+        )
 
     def prepare(self, batch: Any) -> None:
         """Look at the model with a few samples, to find early what cannot be measured."""
@@ -208,8 +246,8 @@ class MAT:
                 spectra = self.probe.measure(batch)
         finally:
             self.gate.apply(self.active)
+            self.probe_seconds += time.perf_counter() - start
         self.probes += 1
-        self.probe_seconds += time.perf_counter() - start
         self.probe_flops += self._flops_of_one
         return spectra
 
@@ -247,6 +285,7 @@ class MAT:
             "full_cost": self.full_cost,
             "episode": self.episode,
             "probes": self.probes,
+            "skipped": self.skipped,
             "probe_seconds": self.probe_seconds,
             "probe_flops": self.probe_flops,
             "shared": self.probe.state_dict() if isinstance(self.probe, SharedProbe) else {},
@@ -257,23 +296,35 @@ class MAT:
 
         The optimizers' own states are loaded by their own ``load_state_dict``.
 
+        Of another partition's state, with ``on_partition_change="map"``, units go on with the
+        history and the decision that go by their name. New ones train, and no probe so far has
+        measured them. A warning lists both.
+
         Raises:
-            ValueError: If the state is of another partition; the message names a unit.
+            ValueError: If the state is of another partition and not to be mapped; the message lists
+                the units that differ.
         """
-        saved, own = list(state["units"]), list(self.part.names)
-        if saved != own:
-            gone = [name for name in saved if name not in set(own)]
-            new = [name for name in own if name not in set(saved)]
-            example = f"only there {gone[:1]}, only here {new[:1]}" if gone or new else "reordered"
-            raise ValueError(
-                f"the saved state is of {len(saved)} units, this partition has {len(own)} "
-                f"({example}): resume with the model and the units of the saved run"
+        history, decision = History(), Decision.from_state_dict(state["decision"])
+        history.load_state_dict(state["history"])
+        saved, own = list(state["units"]), self.part.names
+        if saved != list(own):
+            difference = unit_diff(saved, own)
+            if self.on_partition_change == "refuse":
+                raise ValueError(
+                    f"the saved state is of other units: {difference}. Resume with the model and "
+                    'the units of the saved run, or pass on_partition_change="map" to keep what '
+                    "is known of the units of the same name"
+                )
+            warnings.warn(
+                f"the saved state is of other units, and is mapped by their names: {difference}",
+                stacklevel=2,
             )
-        self.history.load_state_dict(state["history"])
-        self.decision = Decision.from_state_dict(state["decision"])
+            history, decision = history.of(own), mapped_decision(decision, saved, self.part)
+        self.history, self.decision = history, decision
         self.full_cost = float(state["full_cost"])
         self.episode = int(state["episode"])
         self.probes = int(state["probes"])
+        self.skipped = int(state.get("skipped", 0))
         self.probe_seconds = float(state["probe_seconds"])
         self.probe_flops = int(state["probe_flops"])
         if isinstance(self.probe, SharedProbe):
@@ -288,7 +339,13 @@ class MAT:
         sent. A policy of single steps would wait for that in every step: it decides on each rank,
         which is checked at episodes 0, 1, 2, 4, 8, ...
         """
-        decision = self.policy.decide(self.history, self.table(), self.episode)
+        table = self.table()
+        if self.policy.needs_spectra:
+            decision = decide_measured(
+                self.policy, self.history, table, self.episode, self.decision
+            )
+        else:
+            decision = self.policy.decide(self.history, table, self.episode)
         if self.ranks is None:
             return decision
         alone = getattr(self.policy, "every_n_steps", None) is not None

@@ -79,9 +79,13 @@ class Ledger:
         return self._sums["shares"] / batches if batches else 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, plain numbers."""
-        return dict(self._sums)
+        """Return the sums and what was counted last, plain numbers."""
+        counted = None if self._due else self.flops_per_sample
+        return {**self._sums, "flops_per_sample": counted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved sums."""
+        """Go on from saved sums, and without counting again what was counted."""
         self._sums = {name: float(state[name]) for name in _SUMS}
+        counted = state.get("flops_per_sample")
+        self._due = counted is None
+        self.flops_per_sample = 0.0 if counted is None else float(counted)

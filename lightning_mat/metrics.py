@@ -45,4 +45,5 @@ def run_summary(mat: MAT, ledger: Ledger) -> dict[str, float | int]:
         "trained_share": ledger.trained_share,
         "full_step_flops": int(mat.full_cost),
         "probes": mat.probes,
+        "skipped_probes": mat.skipped,
     }

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+
+class ProbeMemoryError(RuntimeError):
+    """Not even a probe of one sample at a time fits the memory."""
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a failed attempt left; call it where its exception is no longer held.
+
+    Exceptions hold the frames that they passed through, and these the tensors.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
 from lightning_mat.mntk.layout import Layout, sketch
 from lightning_mat.mntk.look import Look, look, sample_ids
-from lightning_mat.mntk.memory import is_out_of_memory
+from lightning_mat.mntk.memory import ProbeMemoryError, free_memory, is_out_of_memory
 from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
 from lightning_mat.mntk.plan import MIN_WORKSPACE, Footprint, make_plan
 from lightning_mat.mntk.quiet import PRECISIONS, quiet
@@ -107,8 +107,10 @@ class Probe:
         self._remaining = np.zeros(len(part), dtype=np.int64)
         for pieces in self._owners.values():
             self._remaining[np.unique(pieces[:, 0])] += 1
+        self._parameters = {n: p for n, p in model.named_parameters() if n in part.owners}
         self._scalars = Scalars(model, output, forward or default_forward, seed)
         self._look: Look | None = None
+        self._seen: list[tuple[str, nn.Module]] = []
         self._routed = False
 
     def measure(self, batch: Any) -> Spectra:
@@ -119,9 +121,11 @@ class Probe:
 
         Raises:
             ValueError: If there are fewer than two samples, the output cannot be computed, or a
-                layer has no per-sample gradient; the message names it.
-            RuntimeError: If not even one sample fits the memory.
+                layer has no per-sample gradient, or a unit's layer was replaced since the probe was
+                made; the message names it.
+            ProbeMemoryError: If not even one sample fits the memory.
         """
+        self._check_model()
         samples = count_samples(batch)
         if samples < 2:
             raise ValueError(
@@ -138,14 +142,14 @@ class Probe:
                     break
                 except IrregularError:
                     self._routed = True
+                    continue
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     if micro == 1:
-                        raise RuntimeError(TOO_LARGE) from error
-                    micro = max(1, micro // 2)
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
+                        raise ProbeMemoryError(TOO_LARGE) from error
+                micro = max(1, micro // 2)
+                free_memory(device)
         grams = None if solved.grams is None else solved.grams.cpu()
         alignment = loss_alignment(grams) if self.alignment and grams is not None else None
         if not self.keep_gram:
@@ -166,9 +170,25 @@ class Probe:
         with quiet(self.model, self.precision):
             self._prepare(batch)
 
+    def _check_model(self) -> None:
+        """Raise a ValueError if the units' layers and parameters are no longer the model's."""
+        layers, parameters = dict(self.model.named_modules()), dict(self.model.named_parameters())
+        gone = [name for name, known in self.modules.items() if layers.get(name) is not known]
+        gone += [n for n, known in self._parameters.items() if parameters.get(n) is not known]
+        if gone:
+            raise ValueError(
+                f"{len(gone)} layers and parameters of units are no longer in the model (first "
+                f"{gone[0]!r}): they were replaced after the units were found, and could not be "
+                "measured any more. Replace layers before the training starts, or leave their "
+                "parameters out of the units"
+            )
+
     def _prepare(self, batch: Any) -> None:
-        if self._look is not None and not self._look.unsure:
+        layers = list(self.model.named_modules())
+        # A layer that was added may come after the one that was the last.
+        if self._look is not None and not self._look.unsure and layers == self._seen:
             return
+        self._seen = layers
         two = take_samples(batch, 0, 2)
         try:
             self._look = look(self._scalars, self.modules, self.names, two)
@@ -182,7 +202,7 @@ class Probe:
             ) from error
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise RuntimeError(TOO_LARGE) from error
+                raise ProbeMemoryError(TOO_LARGE) from error
             raise
 
     def _verify(self, batch: Any) -> None:

@@ -87,5 +87,6 @@ class Spectra:
 
     @property
     def finite(self) -> Tensor:
-        """Whether a unit's spectrum is free of NaN and Inf, bool, shape ``[L]``."""
-        return self.eigenvalues.isfinite().all(-1)
+        """Whether what was measured of a unit is free of NaN and Inf, bool, shape ``[L]``."""
+        finite = self.eigenvalues.isfinite().all(-1)
+        return finite if self.alignment is None else finite & self.alignment.isfinite()

@@ -23,7 +23,8 @@ from torch.optim import (
     Rprop,
 )
 
-from lightning_mat.optim.slabs import pack_histories, unpack_histories
+from lightning_mat.optim.moving import begin_anew, map_histories
+from lightning_mat.optim.slabs import History, pack_histories, unpack_histories
 from lightning_mat.optim.slicer import Slicer
 from lightning_mat.optim.waking import steps_like
 from lightning_mat.units.core import Partition
@@ -58,6 +59,8 @@ class MATOptimizer(Optimizer):
             AdamW), old gradients count as little as if the steps of the rest had been made with
             gradients of zero, but bias corrections stay right. :mod:`lightning_mat.optim.waking`
             has the formulas and the reasons.
+        on_partition_change: What :meth:`load_state_dict` does with the step counts of other slabs:
+            ``"refuse"`` them, or ``"map"`` them, see :mod:`lightning_mat.optim.moving`.
 
     Raises:
         TypeError: If the update of ``inner`` is not known to be elementwise, or it is wrapped
@@ -84,7 +87,12 @@ class MATOptimizer(Optimizer):
     _step_supports_amp_scaling = False
 
     def __init__(
-        self, inner: Optimizer, model: nn.Module, part: Partition, waking: str = "keep"
+        self,
+        inner: Optimizer,
+        model: nn.Module,
+        part: Partition,
+        waking: str = "keep",
+        on_partition_change: str = "refuse",
     ) -> None:
         """Check the optimizer against model and partition, and hook into it."""
         # The base class's __init__ is not called: groups, state and hooks are the inner's.
@@ -101,6 +109,7 @@ class MATOptimizer(Optimizer):
         self.inner = inner
         self.part = part
         self.waking = waking
+        self.on_partition_change = on_partition_change
         self._slicer = Slicer(inner, model, part, waking)
 
     @classmethod
@@ -227,14 +236,21 @@ class MATOptimizer(Optimizer):
             state_dict: Without ``"mat"``, every slab takes its parameter's step count.
 
         Raises:
-            ValueError: If the slabs differ from those of the saved run; nothing is loaded then.
+            ValueError: If the slabs differ from those of the saved run, and are not to be mapped;
+                nothing is loaded then.
         """
         slicer = self._slicer
         params = {name: param for param, name in slicer.names.items()}
-        histories = {}
+        maps = self.on_partition_change == "map"
+        histories: dict[Tensor, list[History]] = {}
+        anew: dict[Tensor, set[int | None]] = {}
         for name, packed in state_dict.get("mat", {}).items():
             param = params.get(name)
             loaded = None if param is None else unpack_histories(slicer.slabs[param], packed)
+            if loaded is None and maps:
+                if param is None:
+                    continue  # no unit's any more: whole, as plain torch.optim loads it
+                loaded, anew[param] = map_histories(slicer.slabs[param], packed)
             if param is None or loaded is None:
                 raise ValueError(
                     f"the saved optimizer state has other slabs of {name!r} than the partition: "
@@ -243,6 +259,7 @@ class MATOptimizer(Optimizer):
                 )
             histories[param] = loaded
         self.inner.load_state_dict(state_dict)
+        begin_anew(self.inner, slicer.slabs, histories, anew)
         slicer.histories = histories
         slicer.rests.load(self.part.names, state_dict.get("mat_rested", {}))
 
@@ -275,7 +292,8 @@ class MATOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle or copy with the inner optimizer; hooks are left out, as in ``torch.optim``."""
-        return {key: self.__dict__[key] for key in ("inner", "part", "waking", "_slicer")}
+        keys = ("inner", "part", "waking", "on_partition_change", "_slicer")
+        return {key: self.__dict__[key] for key in keys}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Restore."""

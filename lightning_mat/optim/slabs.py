@@ -115,11 +115,19 @@ def pack_histories(slabs: Sequence[Slab], histories: Sequence[History]) -> dict[
 
 def unpack_histories(slabs: Sequence[Slab], packed: Mapping[str, Any]) -> list[History] | None:
     """Return the histories that :func:`pack_histories` packed, or None for other slabs."""
+    saved = saved_histories(packed)
+    if set(saved) != {slab.rects for slab in slabs}:
+        return None
+    return [saved[slab.rects] for slab in slabs]
+
+
+def saved_histories(packed: Mapping[str, Any]) -> dict[tuple[Rect, ...], History]:
+    """Return the rectangles of each slab that :func:`pack_histories` packed → its history."""
     rects: dict[int, list[Rect]] = {}
     for index, *edges in packed["slabs"].tolist():
         rects.setdefault(index, []).append(Rect(*edges))
     columns = {key: values.tolist() for key, values in packed["history"].items()}
-    saved = {
+    return {
         tuple(sorted(owned)): tuple(
             (key, values[index])
             for key, values in sorted(columns.items())
@@ -127,6 +135,3 @@ def unpack_histories(slabs: Sequence[Slab], packed: Mapping[str, Any]) -> list[H
         )
         for index, owned in rects.items()
     }
-    if set(saved) != {slab.rects for slab in slabs}:
-        return None
-    return [saved[slab.rects] for slab in slabs]

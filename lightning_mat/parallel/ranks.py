@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_mat.faults import PeerMistakeError, severity
+from lightning_mat.mntk.memory import ProbeMemoryError
+
 
 class Ranks:
     """The processes that train one model together, each with a copy of it.
@@ -70,7 +73,8 @@ class Ranks:
 
         Raises:
             RuntimeError: On the ranks where the block succeeded, if it failed on another; the
-                message names that rank and repeats its error.
+                message names that rank and repeats its error. A run survives it where that rank
+                survives its own, see :mod:`lightning_mat.faults`.
         """
         failure: Exception | None = None
         try:
@@ -79,12 +83,17 @@ class Ranks:
             failure = error
         if not self.sum(torch.tensor([failure is not None], dtype=torch.int64)):
             return
-        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        said = (
+            None if failure is None else (severity(failure), f"{type(failure).__name__}: {failure}")
+        )
         errors = self.of_all(said)
-        if failure is not None:
+        worst = max(error[0] for error in errors if error is not None)
+        # All raise what a run survives, or all what it does not.
+        if failure is not None and severity(failure) == worst:
             raise failure
-        rank = next(i for i, error in enumerate(errors) if error is not None)
-        raise RuntimeError(f"{what} failed in process {rank} of {self.size}: {errors[rank]}")
+        rank = next(i for i, error in enumerate(errors) if error is not None and error[0] == worst)
+        text = f"{what} failed in process {rank} of {self.size}: {errors[rank][1]}"
+        raise {0: ProbeMemoryError, 1: RuntimeError, 2: PeerMistakeError}[worst](text)
 
     def check_same(self, what: str, value: str) -> None:
         """Check that every rank holds the same.

@@ -52,7 +52,7 @@ def criterion_values(
             Inf, or 0 where its criterion is 0.
 
     Returns:
-        float64, shape ``[P, L]``, ≥ 0, without NaN.
+        float64, shape ``[P, L]``, ≥ 0, NaN where a probe did not measure a unit.
 
     Raises:
         ValueError: If there is no such criterion, a probe did not measure what it needs, or no
@@ -74,7 +74,7 @@ def criterion_values(
     if criterion == "coherence":
         values = _shares(values, history.trace)
     elif criterion == "trainability":
-        if missing := int(history.alignment.isnan().any(1).sum()):
+        if missing := int((history.alignment.isnan() & ~values.isnan()).any(1).sum()):
             raise ValueError(
                 f'criterion="trainability" needs the alignment of every probe, but {missing} of '
                 f"{len(history)} did not measure it: begin the run with this criterion and "
@@ -99,13 +99,13 @@ def criterion_floors(
         per_flop: As there.
 
     Returns:
-        float64, shape ``[P, L]``, ≥ 0, without NaN.
+        float64, shape ``[P, L]``, ≥ 0, NaN where a probe did not measure a unit.
     """
     values = history.lambda_min
     if criterion == "coherence":
         values = _shares(values, history.trace)
     elif criterion == "trainability":
-        values = torch.zeros_like(values)
+        values = torch.where(values.isnan(), values, 0.0)
     return _per_flop(values, units) if per_flop else values
 
 
@@ -121,4 +121,4 @@ def _per_flop(values: Tensor, units: UnitTable) -> Tensor:
             "per_flop=True needs the cost of training each unit, and all are 0: take the table "
             "after a probe, which counts them, or pass per_flop=False"
         )
-    return torch.where(values > 0, values / units.cost, 0.0)
+    return torch.where(values > 0, values / units.cost, values)

@@ -19,7 +19,7 @@ class History:
     """Scalars of every unit's spectrum at every probe: P probes of L units.
 
     Eigenvalues are not kept: 40 bytes per unit and probe are, 0.6 MB for a hundred probes of 144
-    units.
+    units. A unit that a probe did not measure is NaN there, in all series.
 
     Attributes:
         names: Names of the units, length L; empty before the first probe.
@@ -55,32 +55,66 @@ class History:
         """Return the number of probes, P."""
         return len(self.step)
 
-    def append(self, spectra: Spectra, step: int, epoch: int) -> None:
+    def append(self, spectra: Spectra, step: int, epoch: int, *, gaps: bool = False) -> None:
         """Add a probe.
 
         Args:
             spectra: The probe, of the units that earlier probes measured.
             step: Optimizer steps done so far.
             epoch: The current epoch.
+            gaps: Whether units with an eigenvalue that is NaN or Inf are noted as not measured (NaN
+                in all series) instead of refused.
 
         Raises:
             ValueError: If the units differ from those of the earlier probes, or an eigenvalue is
-                NaN or Inf. The history is then unchanged.
+                NaN or Inf and ``gaps`` is False. The history is then unchanged.
         """
         names = tuple(spectra.names)
         if len(self):
             _check_names(self.names, names)
-        rows = {s: _row(getattr(spectra, s), names, s) for s in _SERIES}
-        if spectra.alignment is None:
-            rows[_ALIGNMENT] = torch.full((len(names),), torch.nan, dtype=torch.float64)
-        else:
-            rows[_ALIGNMENT] = _row(spectra.alignment, names, _ALIGNMENT)
+        found = {s: getattr(spectra, s) for s in _SERIES}
+        if spectra.alignment is not None:
+            found[_ALIGNMENT] = spectra.alignment
+        lost = ~spectra.finite if gaps else torch.zeros(len(names), dtype=torch.bool)
+        rows = {
+            series: _row(values.masked_fill(lost, 0.0), names, series).masked_fill(lost, torch.nan)
+            for series, values in found.items()
+        }
+        rows.setdefault(_ALIGNMENT, torch.full((len(names),), torch.nan, dtype=torch.float64))
         for series, row in rows.items():
             before = getattr(self, series) if len(self) else row.new_zeros(0, len(names))
             setattr(self, series, torch.cat([before, row[None]]))
         self.names = names
         self.step.append(int(step))
         self.epoch.append(int(epoch))
+
+    def of(self, names: Sequence[str]) -> History:
+        """Return the history of the units of these names.
+
+        Args:
+            names: In the order of the units to come. Those that the history does not know were
+                measured by no probe: they are NaN.
+
+        Example:
+            >>> from lightning_mat.mntk.spectra import Spectra
+            >>> history = History()
+            >>> history.append(Spectra(("a", "b"), torch.tensor([[4.0], [9.0]]), torch.zeros(2)),
+            ...                step=100, epoch=1)
+            >>> history.of(["b", "c"]).lambda_max.tolist()
+            [[9.0, nan]]
+        """
+        column = {name: i for i, name in enumerate(self.names)}
+        known = [i for i, name in enumerate(names) if name in column]
+        source = [column[names[i]] for i in known]
+        other = History()
+        other.names = tuple(names) if len(self) else ()
+        other.step, other.epoch = list(self.step), list(self.epoch)
+        for series in (*_SERIES, _ALIGNMENT):
+            values = torch.full((len(self), len(other.names)), torch.nan, dtype=torch.float64)
+            if len(self):
+                values[:, known] = getattr(self, series)[:, source]
+            setattr(other, series, values)
+        return other
 
     def check_against(self, names: Sequence[str]) -> None:
         """Check that a decision about these units can be taken from the newest probe.

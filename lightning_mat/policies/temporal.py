@@ -22,7 +22,8 @@ def settled(lambda_max: Tensor, beta: float, *, permanent: bool = False) -> Tens
     and the rule begins at t = 2.
 
     Args:
-        lambda_max: Principal eigenvalues at each probe, shape ``[P, n]``, t = P - 1 the newest.
+        lambda_max: Principal eigenvalues at each probe, shape ``[P, n]``, t = P - 1 the newest. A
+            probe that did not measure a unit (NaN) counts for nothing to it.
         beta: β ≥ 0; with 0 nobody rests.
         permanent: Rest also if the condition held at any earlier t ≥ 2.
 
@@ -37,6 +38,9 @@ def settled(lambda_max: Tensor, beta: float, *, permanent: bool = False) -> Tens
         >>> settled(series, beta=0.1)
         tensor([ True, False])
     """
+    if lambda_max.isnan().any():
+        seen = (column[~column.isnan()][:, None] for column in lambda_max.unbind(1))
+        return torch.cat([settled(column, beta, permanent=permanent) for column in seen])
     if len(lambda_max) < 3:
         return torch.zeros(lambda_max.shape[1], dtype=torch.bool)
     variation = (lambda_max - lambda_max[0]).abs()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object], aside: Path | None = None) -> None:
     """Write a file aside, flush it to the disk, and put it in the place of the old one.
 
     A process that dies at any moment leaves the old file or the new one, never a part. One process
@@ -18,12 +18,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Args:
         path: The file. Folders on the way are made.
         write: Called with a binary stream to write the contents to.
+        aside: The file to write first, in the same folder; by default with ``.part`` added to the
+            name. A process that dies leaves it behind, and the next one writes over it.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written; ``filename`` is ``path``. The
             old file is then unchanged.
     """
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(path.name + ".part") if aside is None else aside
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

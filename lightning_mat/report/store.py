@@ -218,7 +218,7 @@ class SpectraStore:
     def _remove_eigenvalues(self, count: int) -> None:
         """Remove the full spectra of all but the first ``count`` probes."""
         for file in self.path.with_suffix(".eigenvalues").glob("*.npy"):
-            if int(file.stem) >= count:
+            if file.stem.isdigit() and int(file.stem) >= count:
                 file.unlink()
 
 

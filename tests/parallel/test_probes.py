@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_mat import MAT, Partition, partition, policies
+from lightning_mat.faults import severity
+from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.parallel.batches import digest, same_batch
 from lightning_mat.parallel.probing import SharedProbe, some_of
@@ -166,6 +168,66 @@ def test_what_fails_on_one_rank_fails_on_all(on_both: Callable[..., list[Any]]) 
     assert first[2] == second[2] == "nothing"
     assert first[3].startswith("KeyError")
     assert "failed in process 0 of 2: KeyError" in second[3]
+
+
+def failures() -> Any:
+    """Return the severity of what a rank raises where both fail, or one does."""
+    ranks = Ranks(CPU)
+    of_rank = [
+        (ProbeMemoryError("full"), None),
+        (None, OSError("gone")),
+        (TypeError("wrong"), None),
+        (ProbeMemoryError("full"), TypeError("wrong")),
+        (OSError("gone"), ProbeMemoryError("full")),
+    ]
+    found = []
+    for errors in of_rank:
+        mine = errors[ranks.rank]
+        try:
+            with ranks.together("drawing"):
+                if mine is not None:
+                    raise mine
+        except Exception as error:
+            found.append(severity(error))
+    return found
+
+
+def test_all_ranks_survive_a_failure_or_none_does(on_both: Callable[..., list[Any]]) -> None:
+    first, second = on_both(failures)
+    assert first == second == [0, 1, 2, 2, 1]
+
+
+def unreadable() -> Any:
+    """Train where one rank cannot read the samples of its second probe."""
+
+    class Files(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            if broken:
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    ranks, broken = Ranks(CPU), False
+    mat = MAT(stack(4), units="layers", ranks=ranks)
+    decided = []
+    for probe in range(3):
+        broken = probe == 1 and ranks.rank == 1
+        try:
+            with ranks.together("drawing samples"):
+                samples = draw(DataLoader(Files(x())), 4, 0, mat.probes + mat.skipped)[0]
+            mat.update(samples, step=probe)
+        except Exception as error:
+            mat.skip(error, step=probe)
+        decided.append(mat.decision.digest())
+    return decided, mat.probes, mat.skipped
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_probe_that_one_rank_cannot_draw_is_skipped_on_all(
+    on_both: Callable[..., list[Any]],
+) -> None:
+    first, second = on_both(unreadable)
+    assert first == second
+    assert first[1:] == (2, 1)
 
 
 def differing() -> Any:

@@ -1,0 +1,86 @@
+"""Moments at which a process kills itself with SIGKILL, which nothing can catch or clean up after.
+
+A moment is a function and the number of its call. Python offers no way to die at a given time and
+have the same again in the next run, so the clock plays no part.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lightning_mat import MAT
+from lightning_mat.mntk.accumulate import Accumulator
+from lightning_mat.mntk.probe import Probe
+from lightning_mat.optim import MATOptimizer
+from lightning_mat.report.store import SpectraStore
+
+
+class Moment(NamedTuple):
+    """Where to die: before the call of ``owner.name``, after it, or with half of its bytes written.
+
+    ``path`` is what the file's name must hold, for functions that write or rename several files.
+    """
+
+    owner: Any
+    name: str
+    when: str = "before"
+    path: str = ""
+
+
+MOMENTS: dict[str, Moment] = {
+    "in a probe, before a pass": Moment(Probe, "_pass"),
+    "in a probe, at a product": Moment(Accumulator, "add"),
+    "in a probe, all measured": Moment(Accumulator, "finish", "after"),
+    "decided, not applied": Moment(MAT, "apply"),
+    "in a step, before the optimizer": Moment(MATOptimizer, "step"),
+    "in a step, after the optimizer": Moment(MATOptimizer, "step", "after"),
+    "half a checkpoint": Moment(torch, "save", "half"),
+    "a whole checkpoint beside the old one": Moment(os, "replace", path=".ckpt"),
+    "a new checkpoint": Moment(os, "replace", "after", ".ckpt"),
+    "half a spectra file": Moment(np, "savez", "half"),
+    "a whole spectra file beside the old one": Moment(os, "replace", path=".npz"),
+    "a new spectra file": Moment(SpectraStore, "append", "after"),
+    "half a file of eigenvalues": Moment(np, "save", "half"),
+    "eigenvalues without their row": Moment(os, "replace", "after", ".npy"),
+    "spectra cut back, not yet the eigenvalues": Moment(SpectraStore, "_remove_eigenvalues"),
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(moment: Moment, number: int) -> None:
+    """Let this process die at the n-th call, n ≥ 1, of the moment's function."""
+    function: Callable[..., Any] = getattr(moment.owner, moment.name)
+    calls = 0
+
+    def fatal(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += moment.path in str(args[-1])
+        if calls < number or moment.path not in str(args[-1]):
+            return function(*args, **options)
+        if moment.when == "half":
+            _write_half(function, args, options)
+        if moment.when == "after":
+            function(*args, **options)
+        die()
+
+    setattr(moment.owner, moment.name, fatal)
+
+
+def _write_half(function: Callable[..., Any], args: tuple[Any, ...], options: Any) -> None:
+    """Write the first half of what a function would write to the stream among its arguments."""
+    streams = [a for a in args if hasattr(a, "write")]
+    assert len(streams) == 1
+    buffer = io.BytesIO()
+    function(*(buffer if a is streams[0] else a for a in args), **options)
+    streams[0].write(buffer.getvalue()[: buffer.tell() // 2])
+    streams[0].flush()
