@@ -298,6 +298,11 @@ class MATCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """Let DDP know which parameters will get no gradient."""
+        if not loss.requires_grad and not self._mat().active.any():
+            raise RuntimeError(
+                "no unit trains in this episode, and the loss depends on nothing else that does: "
+                "keep a unit of each layer training (protect=True), or let the policy choose more"
+            )
         if self._ready is not None:
             self._ready.before_backward(loss)
 

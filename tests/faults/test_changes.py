@@ -264,3 +264,11 @@ def test_a_run_that_ends_inside_an_episode_goes_on_in_it(tmp_path: Path) -> None
     assert all(map(torch.equal, weights(whole), weights(resumed)))
     assert callback.mat is not None
     assert callback.mat.history.step == [6, 11, 16, 21]
+
+
+def test_a_decision_that_leaves_nothing_to_train_is_named(tmp_path: Path) -> None:
+    callback = mat(units="layers", policy=policies.Random(0.0, protect=False), warmup_epochs=1)
+    module = model()
+    with pytest.raises(RuntimeError, match=r"no unit trains in this episode.*protect=True"):
+        trainer(tmp_path, callback, max_epochs=2).fit(module, data())
+    assert all("forward" not in vars(m) for m in module.modules())
