@@ -143,17 +143,43 @@ def register_gate_rule(
             empty then) or all of it: for forwards whose output is no constant then, or that
             compiled models must find the same in every decision.
 
+    Raises:
+        TypeError: If ``layer``, ``rule`` or ``static`` is none of these.
+
     Example:
+        A layer whose rule knows the weight at rest as a whole, and no part of it:
+
         >>> class Scale(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.weight = nn.Parameter(Tensor([2.0]))
+        ...         self.weight = nn.Parameter(Tensor([2.0, 3.0]))
         ...     def forward(self, x):
         ...         return x * self.weight
         >>> def rest_scale(module, rests):
-        ...     return lambda x: x * module.weight.detach() if rests["weight"].whole else None
+        ...     rest = rests["weight"]
+        ...     if not rest.whole or not rest.passes:
+        ...         return None
+        ...     return lambda x: x * module.weight.detach()
         >>> register_gate_rule(Scale, rest_scale)
+
+        It is asked once a gate follows a decision. Where it returns None, what rests has zeros:
+
+        >>> from lightning_mat import Gate, Partition, Slice, Unit
+        >>> model = nn.Sequential(Scale(), nn.Tanh())
+        >>> units = [Unit(f"scale.{i}", "scale", "0", (Slice("0.weight", 0, i, i + 1),))
+        ...          for i in range(2)]
+        >>> gate = Gate(model, Partition(units, model))
+        >>> gradients = []
+        >>> for active in ([False, False], [True, False]):
+        ...     gate.apply(torch.tensor(active))
+        ...     model.zero_grad()
+        ...     x = torch.zeros(2, requires_grad=True)
+        ...     model(x).sum().backward()
+        ...     gradients.append((x.grad.tolist(), model[0].weight.grad))
+        >>> gradients[0], gradients[1][0], gradients[1][1].tolist()
+        (([2.0, 3.0], None), [2.0, 3.0], [0.0, 0.0])
     """
+    _check_registration(layer, rule, static)
     entry = Entry(rule, static, tuple(reads), always)
     if isinstance(layer, str):
         _entries[f"{layer}.forward"] = entry
@@ -161,6 +187,25 @@ def register_gate_rule(
         _entries[cast("type[nn.Module]", layer).forward] = entry
     else:
         _alike[layer] = entry
+
+
+def _check_registration(layer: object, rule: object, static: object) -> None:
+    if isinstance(layer, nn.Module):
+        name = type(layer).__name__
+        raise TypeError(f"layer must be a class of layers, got one {name}: pass type(layer)")
+    if isinstance(layer, type) and not issubclass(layer, nn.Module):
+        raise TypeError(f"layer must be a class of torch.nn.Module, got {layer.__name__}")
+    if not isinstance(layer, str) and not callable(layer):
+        raise TypeError(
+            f"layer must be a class, its full name or a function of a module, got {layer!r}"
+        )
+    if rule is not None and (isinstance(rule, type) or not callable(rule)):
+        raise TypeError(
+            f"rule must be a function rule(module, rests) or None, got {rule!r}: see the example "
+            "of register_gate_rule"
+        )
+    if static is not None and not isinstance(static, Static):
+        raise TypeError(f"static must be a lightning_mat.gate.rules.Static or None, got {static!r}")
 
 
 def entry_for(module: nn.Module) -> Entry:

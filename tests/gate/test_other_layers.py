@@ -330,3 +330,22 @@ def test_a_rule_of_ones_own_is_used_and_may_decline():
         assert len(calls) == 1
     finally:
         del rules._entries[Scale.forward]
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule", "message"),
+    [
+        (nn.Linear(2, 2), None, r"layer must be a class of layers, got one Linear: pass type"),
+        (dict, None, "layer must be a class of torch.nn.Module, got dict"),
+        (3, None, "layer must be a class, its full name or a function of a module, got 3"),
+        (nn.Identity, "linear", r"rule must be a function rule\(module, rests\) or None, got 'lin"),
+        (nn.Identity, nn.Linear, r"rule must be a function rule\(module, rests\) or None"),
+    ],
+)
+def test_what_is_no_layer_and_what_is_no_rule_are_refused(layer, rule, message):
+    before = dict(rules._entries), dict(rules._alike)
+    with pytest.raises(TypeError, match=message):
+        register_gate_rule(layer, rule)
+    with pytest.raises(TypeError, match="static must be a lightning_mat"):
+        register_gate_rule(nn.Identity, static="graph")
+    assert (rules._entries, rules._alike) == before
