@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from lightning_mat.checks import check_switches, check_whole
 from lightning_mat.engine import MAT
 from lightning_mat.gate.gate import SKIPS
 from lightning_mat.ledger import Ledger
@@ -30,6 +31,7 @@ from lightning_mat.parallel.ready import Ready
 from lightning_mat.parallel.strategy import MATDDPStrategy
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Policy
+from lightning_mat.policies.check import check_policy, check_thresholds
 from lightning_mat.presets import paper_settings
 from lightning_mat.report.keeper import Keeper
 from lightning_mat.report.store import Probe
@@ -85,8 +87,8 @@ class MATCallback(Callback):
         freeze_bn: Whether BatchNorm's running statistics of resting filters stop; see
             :class:`lightning_mat.Gate`.
         on_partition_change: What becomes of a checkpoint of other units: ``"refuse"`` it, with the
-            units that differ, or ``"map"`` it: units of the same name keep their history, decision
-            and optimizer state, new ones train.
+            units that differ, or ``"map"`` it: units of the same name and slices keep their
+            history, decision and optimizer state, others train.
 
     Decisions change between optimizer steps only: while gradients are being accumulated, an episode
     that is due waits for the step. With manual optimization a batch without a call of
@@ -106,6 +108,7 @@ class MATCallback(Callback):
     unfrozen later, for instance by Lightning's ``BaseFinetuning``, always train.
 
     Raises:
+        TypeError: At construction, for a policy that is none.
         ValueError: At construction for a number out of range, at the start of a fit for a model,
             optimizer or data set that it cannot work with. Messages name it and the remedy.
 
@@ -145,19 +148,24 @@ class MATCallback(Callback):
         on_partition_change: str = "refuse",
     ) -> None:
         super().__init__()
-        if not isinstance(n_samples, int):
+        if not isinstance(n_samples, int) or isinstance(n_samples, bool):
             raise ValueError(f"n_samples must be a whole number ≥ 2, got {n_samples}")
         if n_samples < 2:
             raise ValueError(
                 f"n_samples must be ≥ 2, got {n_samples}: an mNTK needs at least two samples"
             )
+        check_whole("seed", seed, 0)
+        check_switches(
+            protect=protect,
+            dry_run=dry_run,
+            keep_eigenvalues=keep_eigenvalues,
+            freeze_bn=freeze_bn,
+        )
+        if policy is not None:
+            check_policy(policy)
+            check_thresholds(policy, alpha=alpha, beta=beta, protect=protect)
         own_steps = steps_per_episode(policy, every_n_epochs, every_n_steps)
         self.schedule = Schedule(every_n_epochs, own_steps, warmup_epochs)
-        if policy is not None and (alpha, beta, protect) != (0.1, 1e-3, True):
-            raise ValueError(
-                "alpha, beta and protect belong to the default policy, but policy= is given, too: "
-                f"pass them to {type(policy).__name__}(...)"
-            )
         if skip not in SKIPS:
             raise ValueError(f"skip must be one of {SKIPS}, got {skip!r}")
         if waking not in WAKING:

@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from lightning_mat import flops
 from lightning_mat.faults import check_survivable, decide_measured, nothing_to_decide
 from lightning_mat.gate import Gate
-from lightning_mat.mapping import check_partition_change, mapped_decision, unit_diff
+from lightning_mat.mapping import (
+    check_partition_change,
+    mapped_decision,
+    marks_of,
+    recut,
+    unit_diff,
+)
 from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.outputs import Forward, Output
 from lightning_mat.mntk.probe import Probe
@@ -27,6 +33,7 @@ from lightning_mat.parallel.ranks import Ranks
 from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Decision, History, Policy, UnitTable
 from lightning_mat.policies.base import FULL
+from lightning_mat.policies.check import check_decision, check_policy
 from lightning_mat.units import Partition, partition
 
 log = logging.getLogger(__name__)
@@ -111,6 +118,13 @@ class MAT:
         on_partition_change: str = "refuse",
     ) -> None:
         check_partition_change(on_partition_change)
+        if policy is not None:
+            check_policy(policy)
+        if optimizers is None:
+            raise TypeError(
+                "optimizers must be an optimizer or several, got None: leave it out for a model "
+                "that is only measured and gated"
+            )
         self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
@@ -142,6 +156,7 @@ class MAT:
         self.spectra: Spectra | None = None
         self.decision = self._everything()
         self._applied: Decision | None = None
+        self._slices = marks_of(self.part)
         self.full_cost = 0.0
         self.episode = 0
         self.probes = 0
@@ -280,6 +295,7 @@ class MAT:
         """Return tensors and plain types; loads under ``torch.load(weights_only=True)``."""
         return {
             "units": list(self.part.names),
+            "slices": self._slices,
             "history": self.history.state_dict(),
             "decision": self.decision.state_dict(),
             "full_cost": self.full_cost,
@@ -298,7 +314,8 @@ class MAT:
 
         Of another partition's state, with ``on_partition_change="map"``, units go on with the
         history and the decision that go by their name. New ones train, and no probe so far has
-        measured them. A warning lists both.
+        measured them; so do units of a known name that own other slices now. A warning lists all.
+        States of earlier versions do not say what units own: names alone count there.
 
         Raises:
             ValueError: If the state is of another partition and not to be mapped; the message lists
@@ -307,19 +324,21 @@ class MAT:
         history, decision = History(), Decision.from_state_dict(state["decision"])
         history.load_state_dict(state["history"])
         saved, own = list(state["units"]), self.part.names
-        if saved != list(own):
-            difference = unit_diff(saved, own)
+        cut = recut(state, own, self._slices)
+        if saved != list(own) or cut:
+            difference = unit_diff(saved, own, cut)
             if self.on_partition_change == "refuse":
                 raise ValueError(
                     f"the saved state is of other units: {difference}. Resume with the model and "
                     'the units of the saved run, or pass on_partition_change="map" to keep what '
-                    "is known of the units of the same name"
+                    "is known of the units of the same name and slices"
                 )
             warnings.warn(
                 f"the saved state is of other units, and is mapped by their names: {difference}",
                 stacklevel=2,
             )
-            history, decision = history.of(own), mapped_decision(decision, saved, self.part)
+            history = history.of(own, new=cut)
+            decision = mapped_decision(decision, saved, self.part, new=cut)
         self.history, self.decision = history, decision
         self.full_cost = float(state["full_cost"])
         self.episode = int(state["episode"])
@@ -346,6 +365,7 @@ class MAT:
             )
         else:
             decision = self.policy.decide(self.history, table, self.episode)
+            check_decision(decision, self.policy, table)
         if self.ranks is None:
             return decision
         alone = getattr(self.policy, "every_n_steps", None) is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.policies.base import Decision, Policy, UnitTable
+from lightning_mat.policies.check import check_decision
 from lightning_mat.policies.history import History
 
 MISTAKES = (TypeError, AttributeError, NameError, AssertionError, ImportError, NotImplementedError)
@@ -64,10 +65,14 @@ def decide_measured(
         units: The L units.
         episode: Of the decision.
         before: The decision so far.
+
+    Raises:
+        TypeError: If the policy returns no decision.
+        ValueError: If it returns one about other units.
     """
     measured = ~history.lambda_max[-1].isnan()
     if measured.all():
-        return policy.decide(history, units, episode)
+        return check_decision(policy.decide(history, units, episode), policy, units)
     chosen = measured.nonzero().flatten().tolist()
     names = [units.names[i] for i in chosen]
     some = UnitTable(
@@ -77,7 +82,7 @@ def decide_measured(
         units.cost[chosen],
         units.full_cost,
     )
-    decision = policy.decide(history.of(names), some, episode)
+    decision = check_decision(policy.decide(history.of(names), some, episode), policy, some)
     active, reasons = before.active.clone(), list(before.reasons)
     active[chosen] = decision.active
     for i, reason in zip(chosen, decision.reasons, strict=True):

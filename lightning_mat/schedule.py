@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_mat.checks import check_whole
+
 
 def steps_per_episode(
     policy: object, every_n_epochs: int = 1, every_n_steps: int | None = None
@@ -75,8 +77,7 @@ class Schedule:
             ("every_n_steps", 1 if every_n_steps is None else every_n_steps, 1),
             ("warmup_epochs", warmup_epochs, 0),
         ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number ≥ {least}, got {value}")
+            check_whole(name, value, least)
         if every_n_steps is not None and every_n_epochs != 1:
             raise ValueError(
                 f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are two "

@@ -279,6 +279,15 @@ class Muonic(Small):
         ({"every_n_steps": 0}, "every_n_steps must be a whole number ≥ 1, got 0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be a whole number ≥ 0, got -1"),
         ({"output": "logits"}, "output must be one of"),
+        ({"n_samples": True}, "n_samples must be a whole number"),
+        ({"every_n_epochs": True}, "every_n_epochs must be a whole number ≥ 1, got True"),
+        ({"seed": -1}, "seed must be a whole number ≥ 0, got -1"),
+        ({"seed": True}, "seed must be a whole number ≥ 0, got True"),
+        ({"seed": 1.0}, "seed must be a whole number ≥ 0, got 1.0"),
+        ({"protect": "no"}, "protect must be True or False, got 'no'"),
+        ({"dry_run": 1}, "dry_run must be True or False, got 1"),
+        ({"freeze_bn": None}, "freeze_bn must be True or False, got None"),
+        ({"keep_eigenvalues": "all"}, "keep_eigenvalues must be True or False, got 'all'"),
     ],
 )
 def test_bad_arguments_are_named_at_construction(options: dict[str, Any], message: str) -> None:

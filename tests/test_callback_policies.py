@@ -250,6 +250,74 @@ def test_overrides_win_over_a_preset() -> None:
         MATCallback.paper("gpt")
 
 
+@pytest.mark.parametrize(
+    ("policy", "options", "remedy"),
+    [
+        (policies.Random(), {"alpha": 0.5}, "drop alpha, which Random does not take$"),
+        (policies.Random(), {"protect": False}, r"pass protect to Random\(...\)$"),
+        (
+            policies.Random(),
+            {"alpha": 0.5, "beta": 0, "protect": False},
+            r"pass protect to Random\(...\), and drop alpha and beta, which Random does not take$",
+        ),
+        (policies.MAT(), {"alpha": 0.5, "beta": 0}, r"pass alpha and beta to MAT\(...\)$"),
+    ],
+)
+def test_settings_of_the_default_policy_are_sent_where_they_belong(
+    policy: policies.Policy, options: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        MATCallback(policy=policy, **options)
+
+
+class Answers:
+    """A policy that returns what it was given."""
+
+    def __init__(self, answer: Any, needs_spectra: bool) -> None:
+        self.answer, self.needs_spectra = answer, needs_spectra
+
+    def decide(self, *_: Any) -> Any:
+        return self.answer
+
+
+class Silent:
+    """A policy that does not say whether it needs spectra."""
+
+    def decide(self, *_: Any) -> Any:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("random", r"got the str 'random', which has no decide\(history, units, episode\)"),
+        (policies.Random, r"got the class Random: make one of it, Random\(...\)"),
+        (Silent(), "got the Silent .*the bool needs_spectra .*, and has none"),
+        (Answers(None, "yes"), "the bool needs_spectra .*, and has 'yes' there"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_policy_is_named_at_construction(policy: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        MATCallback(policy=policy)
+    with pytest.raises(TypeError, match=message):
+        MAT(Small(), policy=policy)
+
+
+@pytest.mark.parametrize("needs_spectra", [True, False])
+def test_what_is_no_decision_is_named(tmp_path: Path, needs_spectra: bool) -> None:
+    bare = Answers(torch.ones(3, dtype=torch.bool), needs_spectra)
+    with pytest.raises(TypeError, match=r"Answers.decide must return .*Decision, got Tensor"):
+        trainer(tmp_path / "a", mat(policy=bare)).fit(model(), data())
+    short = policies.Decision(torch.tensor([True]), ("full",), {}, ("layer",))
+    with pytest.raises(ValueError, match="about 1 units, but was asked about 3"):
+        trainer(tmp_path / "b", mat(policy=Answers(short, needs_spectra))).fit(model(), data())
+
+
+def test_no_optimizers_are_left_out() -> None:
+    with pytest.raises(TypeError, match="optimizers must be an optimizer or several, got None"):
+        MAT(Small(), None)  # type: ignore[arg-type]
+
+
 def test_a_policy_within_a_policy_is_named_in_a_config(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
     from lightning.pytorch.cli import LightningCLI

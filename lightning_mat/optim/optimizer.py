@@ -254,7 +254,8 @@ class MATOptimizer(Optimizer):
             if param is None or loaded is None:
                 raise ValueError(
                     f"the saved optimizer state has other slabs of {name!r} than the partition: "
-                    "resume with the units of the saved run, or drop the step counts per unit with "
+                    'resume with the units of the saved run, or pass on_partition_change="map" to '
+                    "keep what carries over, or drop the step counts per unit with "
                     'state_dict.pop("mat")'
                 )
             histories[param] = loaded

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_mat.policies.base import UnitTable, compact
+
+# What to do, without and with alpha="auto".
+_MORE = (
+    'set a higher alpha to rest some, or alpha="auto" for a threshold in their widest gap',
+    "there is no gap between them; set alpha to a number to rest some",
+)
+_LESS = ('lower beta or alpha, or set alpha="auto"', "lower beta")
 
 
 class Rules(NamedTuple):
@@ -21,6 +29,8 @@ class Rules(NamedTuple):
     """λ_α of each kind."""
     measure: str
     """What λ_α is a threshold of."""
+    automatic: tuple[str, ...]
+    """Kinds whose α is ``"auto"``."""
 
     def extreme(self, members: list[int]) -> str:
         """Return "none" if none of them is below λ_α, "all" if all rest by either rule, or ""."""
@@ -49,25 +59,26 @@ def warn_about_extremes(
             warnings.warn(
                 f"each of the {len(members)} units of kind {kind!r} is alone in its layer, so "
                 "protect=True keeps all of them training: pass protect=False, or finer units",
-                stacklevel=3,
+                stacklevel=_outside(),
             )
         extreme = rules.extreme(members)
         if before is not None and extreme == before.extreme(members):
             continue
         level = f"λ_α = {compact(rules.thresholds[kind])}"
+        automatic = kind in rules.automatic
         if extreme == "none":
             warnings.warn(
                 f"the threshold rests none of the {len(members)} units of kind {kind!r}: every "
-                f"{rules.measure} is at least {level}; set a higher alpha to rest some",
-                stacklevel=3,
+                f"{rules.measure} is at least {level}; {_MORE[automatic]}",
+                stacklevel=_outside(),
             )
         elif extreme == "all":
             low = int(rules.below[members].sum())
             warnings.warn(
                 f"all {len(members)} units of kind {kind!r} rest by the rules ({low} below "
                 f"{level}, {len(members) - low} temporal) and "
-                f"{'only protected ones train' if protect else 'none trains'}: lower beta or alpha",
-                stacklevel=3,
+                f"{'only protected ones train' if protect else 'none trains'}: {_LESS[automatic]}",
+                stacklevel=_outside(),
             )
 
 
@@ -84,5 +95,17 @@ def warn_about_budget(least: float, budget: float, protect: bool) -> None:
         f"a step that trains {what} costs {least:.1%} of a full step, more than the budget of "
         f"{budget:.1%}, and is what is trained now: resting units save their weight gradients, at "
         "most about a third of a step; raise budget",
-        stacklevel=4,
+        stacklevel=_outside(),
     )
+
+
+def _outside() -> int:
+    """Return the ``stacklevel`` at which a caller's warning leaves this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]

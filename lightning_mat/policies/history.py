@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,12 +88,13 @@ class History:
         self.step.append(int(step))
         self.epoch.append(int(epoch))
 
-    def of(self, names: Sequence[str]) -> History:
+    def of(self, names: Sequence[str], new: Collection[str] = ()) -> History:
         """Return the history of the units of these names.
 
         Args:
             names: In the order of the units to come. Those that the history does not know were
                 measured by no probe: they are NaN.
+            new: Those of them that are NaN although the history knows a unit of this name.
 
         Example:
             >>> from lightning_mat.mntk.spectra import Spectra
@@ -103,7 +104,7 @@ class History:
             >>> history.of(["b", "c"]).lambda_max.tolist()
             [[9.0, nan]]
         """
-        column = {name: i for i, name in enumerate(self.names)}
+        column = {name: i for i, name in enumerate(self.names) if name not in new}
         known = [i for i, name in enumerate(names) if name in column]
         source = [column[names[i]] for i in known]
         other = History()

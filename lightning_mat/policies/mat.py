@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from difflib import get_close_matches
 from numbers import Real
 from typing import ClassVar, TypeAlias
 
@@ -160,9 +161,11 @@ class MAT:
                 continue
             for kind in given:
                 if kind not in known:
+                    close = get_close_matches(str(kind), known, n=1)
                     raise ValueError(
                         f"{field} names the kind {kind!r}, but the units are of kind "
                         f"{', '.join(known)}: give a value for those only"
+                        + (f" (did you mean {close[0]!r}?)" if close else "")
                     )
             for kind in known:
                 if kind not in given:
@@ -218,7 +221,7 @@ class MAT:
         """
         below = torch.zeros(len(units), dtype=torch.bool)
         still = torch.zeros(len(units), dtype=torch.bool)
-        thresholds = {}
+        thresholds, automatic = {}, []
         for kind, members in units.by_kind().items():
             alpha = self.alpha[kind] if isinstance(self.alpha, Mapping) else self.alpha
             beta = self.beta[kind] if isinstance(self.beta, Mapping) else self.beta
@@ -227,6 +230,8 @@ class MAT:
             counted = newest.isfinite()
             largest = newest[counted].tolist()
             smallest = floors[-1, members][counted].tolist()
+            if isinstance(alpha, str):
+                automatic.append(kind)
             if not largest:
                 thresholds[kind] = 0.0
             elif isinstance(alpha, str):
@@ -235,7 +240,8 @@ class MAT:
                 thresholds[kind] = eigenvalue_threshold(largest, smallest, alpha)
             below[members] = newest < thresholds[kind]
             still[members] = settled(series, beta, permanent=self.permanent)
-        return Rules(below, still, thresholds, criterion_label(self.criterion, self.per_flop))
+        label = criterion_label(self.criterion, self.per_flop)
+        return Rules(below, still, thresholds, label, tuple(automatic))
 
     def _spend(self, values: Tensor, units: UnitTable, budget: float) -> Decision:
         """Return the decision under a budget."""

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_mat import MAT, MATOptimizer, Partition, Slice, Unit, mntk, partition, policies
-from lightning_mat.mapping import unit_diff
+from lightning_mat.mapping import marks_of, unit_diff
 from lightning_mat.report.store import read
 from tests.lightning_models import Small, Watch, data, mat, model, trainer, weights
 
@@ -112,6 +112,72 @@ def test_decisions_go_by_name_and_new_units_train() -> None:
     new.close()
     with pytest.raises(ValueError, match="on_partition_change must be one of"):
         MAT(module, on_partition_change="ignore")
+
+
+def shifted(net: nn.Module, *layers: int) -> Partition:
+    """Return units of the names of :func:`halves`, cut elsewhere."""
+    units = [
+        Unit(f"net.{layer}.{side}", "layer", f"net.{layer}", slices)
+        for layer in layers
+        for side, a, b in (("low", 0, 4), ("high", 8, 16))
+        for slices in [tuple(Slice(f"net.{layer}.{p}", 0, a, b) for p in ("weight", "bias"))]
+    ]
+    return Partition(units, net)
+
+
+def test_units_of_a_known_name_with_other_slices_are_new(tmp_path: Path) -> None:
+    policy = policies.Random(0.5, seed=1)
+    path = saved(tmp_path, units=lambda m: list(halves(m, 0, 2)), policy=policies.MAT(0.9))
+    old = torch.load(path, weights_only=True)["callbacks"]["MATCallback"]["mat"]
+    assert len(old["slices"]) == 4
+    refused = r"1 with other slices \('net.0.low'\)\. Resume .*on_partition_change=\"map\""
+
+    def units(net: nn.Module) -> list[Unit]:
+        return [shifted(net, 0).units[0], *halves(net, 0, 2).units[1:]]
+
+    with pytest.raises(ValueError, match=refused):
+        trainer(tmp_path / "b", mat(units=units)).fit(Small(), data(), ckpt_path=path)
+    callback = mat(units=units, on_partition_change="map")
+    fit = trainer(tmp_path / "c", callback, max_epochs=4)
+    with pytest.warns(UserWarning, match=r"mapped by their names: 1 with other slices \('net.0.l"):
+        fit.fit(Small(), data(), ckpt_path=path)
+    assert callback.mat is not None
+    history = callback.mat.history
+    assert history.lambda_max[0].isnan().tolist() == [True, False, False, False]
+    assert torch.equal(history.lambda_max[0, 1:], old["history"]["lambda_max"][0, 1:])
+
+    module = Small()
+    state = MAT(module, (), halves(module, 0), policy).state_dict()
+    state["decision"]["active"] = torch.tensor([False, False])
+    state["decision"]["reasons"] = ["not drawn"] * 2
+    del state["slices"]  # as in states of earlier versions: names alone count
+    new = MAT(module, (), shifted(module, 0), policy)
+    new.load_state_dict(state)
+    assert new.active.tolist() == [False, False]
+    new.close()
+    state["slices"] = MAT(module, (), halves(module, 0), policy).state_dict()["slices"]
+    new = MAT(module, (), shifted(module, 0), policy, on_partition_change="map")
+    with pytest.warns(UserWarning, match="1 with other slices"):
+        new.load_state_dict(state)
+    assert new.active.tolist() == [True, False]
+    assert new.decision.reasons == ("full", "not drawn")
+    new.close()
+
+
+def test_slices_that_say_the_same_otherwise_are_the_same() -> None:
+    """What counts is the elements that a unit owns."""
+    net = Small()
+
+    def of(*slices: Slice) -> list[str]:
+        return marks_of(Partition([Unit("a", "layer", "", slices)], net))
+
+    whole = of(Slice("net.2.weight"), Slice("net.2.bias"))
+    assert whole == of(Slice("net.2.bias"), Slice("net.2.weight", 0, 0, 16))
+    assert whole == of(
+        Slice("net.2.weight", 1, 8), Slice("net.2.bias"), Slice("net.2.weight", 1, 0, 8)
+    )
+    assert whole != of(Slice("net.2.weight"))
+    assert whole != of(Slice("net.2.weight", 0, 0, 15), Slice("net.2.bias"))
 
 
 def test_optimizer_states_of_other_slabs_are_mapped() -> None:

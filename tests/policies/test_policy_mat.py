@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mat import policies
+from lightning_mat import MAT, policies
 from lightning_mat.policies import History, UnitTable
 from lightning_mat.policies.temporal import settled
 from tests.reference.algorithm1 import algorithm1
@@ -177,8 +177,12 @@ def test_budget_outside_its_range_is_refused_at_construction(budget):
 
 def test_a_mapping_must_name_the_kinds_that_exist(make):
     history, table = make.history([[1, 2]]), make.table(2, kinds=("head", "ffn"))
-    with pytest.raises(ValueError, match=r"alpha names the kind 'haed', .* of kind ffn, head"):
+    with pytest.raises(ValueError, match=r"'haed', .* of kind ffn, head.*mean 'head'\?"):
         policies.MAT({"haed": 0.1, "ffn": 0.1}).decide(history, table, 0)
+    with pytest.raises(ValueError, match=r"alpha names the kind 'heads', .*did you mean 'head'\?"):
+        policies.MAT({"heads": 0.1, "ffn": 0.1}).decide(history, table, 0)
+    with pytest.raises(ValueError, match=r"give a value for those only$"):
+        policies.MAT({"block": 0.1, "ffn": 0.1}).decide(history, table, 0)
     with pytest.raises(ValueError, match="beta has no value for kind 'ffn'"):
         policies.MAT(beta={"head": 0.1}).decide(history, table, 0)
     with pytest.raises(ValueError, match="beta has no value for kind 'ffn'"):
@@ -213,12 +217,27 @@ def test_a_threshold_that_rests_nobody_is_warned_about_once_per_change(make):
     ]
     assert [len(texts) for texts in said] == [1, 0, 0, 1]
     assert "rests none of the 2 units of kind 'head'" in said[0][0]
+    assert 'alpha="auto"' in said[0][0]
+    (text,) = messages(policies.MAT("auto"), make.history([[100, 100]]), make.table(2))
+    assert "there is no gap between them; set alpha to a number" in text
+
+
+def test_warnings_of_a_run_name_a_line_outside_the_package(make):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+    engine = MAT(net, units="layers", policy=policies.MAT(1e-9))
+    with pytest.warns(UserWarning, match="rests none of the 2 units") as caught:
+        engine.update(torch.randn(8, 4), step=0)
+    assert [w.filename for w in caught] == [__file__] * len(caught)
+    engine.close()
 
 
 @pytest.mark.parametrize("protect", [True, False])
 def test_rules_that_rest_everybody_are_warned_about(make, protect):
     history = make.history([[100, 90, 7], [50, 40, 3], [50, 40, 3]])
     (text,) = messages(policies.MAT(0.1, protect=protect), history, make.table(3))
+    assert text.endswith('lower beta or alpha, or set alpha="auto"')
+    (automatic,) = messages(policies.MAT("auto", protect=protect), history, make.table(3))
+    assert automatic.endswith("train: lower beta") or automatic.endswith("trains: lower beta")
     assert "all 3 units of kind 'head' rest by the rules (1 below λ_α = 5, 2 temporal)" in text
     assert ("only protected ones train" if protect else "none trains") in text
 
