@@ -1,12 +1,15 @@
 """The suites' command line.
 
-    python -m benchmarks SUITE|all --scale cpu|gpu|paper [--data DIR] [--seeds 3] [--time-limit 9m]
+    python -m benchmarks SUITE|all --scale cpu|gpu|paper|test [--data DIR] [--time-limit 9m]
     python -m benchmarks list|calibrate [--scale cpu]
-    python -m benchmarks report
+    python -m benchmarks report [--results DIR] [--out DIR]
 
 A suite stops at its time limit, with exit status 0, and goes on with the same command; a run that
 failed is told, tried again the next time, and makes the exit status 1. Results append to
-``benchmarks/results/SUITE-DEVICE.jsonl``; a run that is there is not run again.
+``benchmarks/results/SUITE-DEVICE.jsonl``; a run that is there is not run again. ``list`` names
+every suite's methods. ``--scale test`` takes seconds and needs no data; some suites have none.
+``report`` writes BENCHMARKS.md and docs/figures of the project from its own results; from other
+results it writes BENCHMARKS.md and figures into their folder.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -21,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.devices import device_argument, device_name
-from benchmarks.evidence.page import write
+from benchmarks.evidence.page import home, write
 from benchmarks.suites import calibration
 from benchmarks.suites.registry import SUITES
 from benchmarks.suites.results import RESULTS
@@ -45,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.what == "report":
-            for path in write(args.results):
-                print(f"wrote {path}")
-            return 0
+            return _report(args)
+        if args.out is not None:
+            raise ValueError("--out is where `report` writes: results go to the folder --results")
         runs = _runs(args)
         if args.what == "list":
             print(calibration.listing(runs, _place(args)))
+            print(f"\n{_methods(runs, args.scale)}")
             return 0
         _quiet()
         if args.what == "calibrate":
@@ -72,7 +77,19 @@ def _go(runs: dict[str, list[Run]], args: argparse.Namespace) -> int:
     if left:
         print(f"time is up with {left} runs left: continue with the same command")
     else:
-        print("all runs are done: `python -m benchmarks report` writes BENCHMARKS.md")
+        where = "" if args.results == RESULTS else f" --results {shlex.quote(str(args.results))}"
+        print(f"all runs are done: `python -m benchmarks report{where}` writes BENCHMARKS.md")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    if not args.results.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder of results {str(args.results)!r}: run a suite with the same "
+            "--results first"
+        )
+    for path in write(args.results, args.out or home(args.results)):
+        print(f"wrote {path}")
     return 0
 
 
@@ -80,11 +97,29 @@ def _runs(args: argparse.Namespace) -> dict[str, list[Run]]:
     """Return the runs of every suite that is asked for."""
     names = [args.what] if args.what in SUITES else list(SUITES)
     found = {name: SUITES[name].runs(args.scale, range(args.seeds)) for name in names}
+    if not any(found.values()):
+        own = [scale for scale in SCALES if SUITES[names[0]].runs(scale, [0])]
+        raise ValueError(
+            f"the suite {names[0]} has no runs at --scale {args.scale}: choose from "
+            f"{', '.join(own)}"
+        )
     if args.methods:
         if len(names) > 1:
             raise ValueError("--methods needs one suite: its methods are not those of the others")
         found = {name: chosen(runs, args.methods) for name, runs in found.items()}
     return {name: runs for name, runs in found.items() if runs}
+
+
+def _methods(runs: dict[str, list[Run]], scale: str) -> str:
+    """Return the names of every suite's methods, and the suites without runs at a scale."""
+    lines = [
+        f"methods of {name}: {', '.join(dict.fromkeys(run.method.name for run in part))}"
+        for name, part in runs.items()
+    ]
+    without = [name for name in SUITES if not SUITES[name].runs(scale, [0])]
+    if without:
+        lines.append(f"no runs at --scale {scale}: {', '.join(without)}")
+    return "\n".join(lines)
 
 
 def _place(args: argparse.Namespace) -> Place:
@@ -101,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     what = [*SUITES, "all", "list", "calibrate", "report"]
     add("what", choices=what, metavar="SUITE|all|list|calibrate|report", help=", ".join(what))
-    add("--scale", choices=SCALES, default="cpu", help="sizes of models, data and runs")
+    add("--scale", choices=SCALES, default="cpu", help="sizes of the runs (default cpu)")
     add("--data", type=_folder, metavar="DIR", help="folder of the data sets")
     add("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N - 1 (default 3)")
     add("--time-limit", type=_duration, metavar="9m", help="stop after so long: 90s, 9m, 2h")
@@ -109,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--work", type=Path, default=Path("runs/bench"), help="folder of unfinished runs")
     add("--methods", nargs="+", default=[], metavar="METHOD", help="only these of the suite")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
+    add("--out", type=Path, metavar="DIR", help="where `report` writes page and figures")
     return parser
 
 

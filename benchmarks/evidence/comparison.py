@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.facts import Facts, sorted_facts
-from benchmarks.evidence.words import NONE, interval, listed, percent, plain, signed
+from benchmarks.evidence.words import NONE, counted, interval, listed, percent, plain, signed
 from benchmarks.suites.results import Line
 from benchmarks.suites.stats import best_point, estimate, reached
 from benchmarks.tabular import markdown
@@ -77,7 +77,7 @@ def results(facts: Facts) -> str:
                 plain(facts.mean(method, facts.result), 4),
                 NONE if own else signed(difference),
                 NONE if own else interval(difference),
-                NONE if own else facts.verdict(difference),
+                NONE if own else facts.says(method, "full"),
                 percent(facts.ratio(method, "full", lambda line: line["seconds"]).mean),
                 percent(facts.ratio(method, "full", lambda line: line["flops"]).mean),
                 percent(facts.ratio(method, "full", lambda line: line["paper_flops"]).mean),
@@ -105,7 +105,9 @@ def target(facts: Facts) -> str:
         found = facts.until_target(method, "step")
         cells.append(f"{sum(v is not None for v in found.values())} of {len(seeds)}")
         equal = facts.at_equal_seconds(method)
-        cells += [NONE, NONE] if method == "full" else [signed(equal), facts.verdict(equal)]
+        cells += (
+            [NONE, NONE] if method == "full" else [signed(equal), facts.says(method, "full", equal)]
+        )
         rows.append(cells)
     head = [
         *("until the full run's best validation result", "seconds", "FLOPs counted"),
@@ -117,13 +119,13 @@ def target(facts: Facts) -> str:
 
 def _absolute(facts: Facts, cost: str) -> str:
     """Return what the full run itself needed, the 100% of the other rows."""
-    unit, name, digits = (1.0, "s", 1) if cost == "seconds" else (1e15, "PFLOPs", 5)
     needed = [
-        point[cost] / unit
+        point[cost]
         for line in facts.lines["full"].values()
         if (point := best_point(line["curve"], facts.metric, more=facts.more)) is not None
     ]
-    return f"{plain(estimate(needed), digits)} {name}"
+    found = estimate(needed)
+    return f"{plain(found, 1)} s" if cost == "seconds" else counted(found)
 
 
 def train_accuracy(facts: Facts) -> str:
@@ -132,17 +134,17 @@ def train_accuracy(facts: Facts) -> str:
     for method in facts.lines:
         cells = [f"`{method}`"]
         for goal in (0.95, 0.99):
-            for cost, scale in (("seconds", 1.0), ("flops", 1e15)):
+            for cost in ("seconds", "flops"):
                 found = [
                     reached_accuracy(line, goal, cost) for line in facts.lines[method].values()
                 ]
-                there = [value / scale for value in found if value is not None]
-                many = "" if len(there) == len(found) else f" ({len(there)} of {len(found)})"
-                cells.append(plain(estimate(there), 1 if scale == 1 else 5) + many)
+                there = estimate([value for value in found if value is not None])
+                many = "" if there.n == len(found) else f" ({there.n} of {len(found)})"
+                cells.append((plain(there, 1) if cost == "seconds" else counted(there)) + many)
         rows.append(cells)
     head = [
         "until train accuracy",
-        *("95%: seconds", "95%: PFLOPs", "99%: seconds", "99%: PFLOPs"),
+        *("95%: seconds", "95%: FLOPs", "99%: seconds", "99%: FLOPs"),
     ]
     return markdown(head, rows)
 
@@ -164,7 +166,7 @@ def pairs(facts: Facts) -> str:
                     str(difference.n),
                     signed(difference),
                     interval(difference),
-                    facts.verdict(difference),
+                    facts.says(method, base),
                     percent(facts.ratio(method, base, lambda line: line["flops"]).mean),
                     percent(facts.ratio(method, base, lambda line: line["seconds"]).mean),
                 ]

@@ -111,6 +111,30 @@ class Facts:
                 found.append(ours - theirs)
         return estimate(found)
 
+    def spared(self, method: str) -> str | None:
+        """Return in words that a method spared nothing in any run; None where it did, or may not.
+
+        It trained all units, or ran all steps where it was to run fewer.
+        """
+        lines = list(self.lines.get(method, {}).values())
+        if not lines:
+            return None
+        policy, plain = lines[0]["method"]["policy"], lines[0]["method"]["plain"]
+        if policy not in (None, "full") and all(line["trained_share"] == 1 for line in lines):
+            return f"`{method}` rested nothing"
+        if plain == "short" and all(line["steps"] == self.task["steps"] for line in lines):
+            return f"`{method}` left out no step"
+        return None
+
+    def says(self, method: str, base: str, difference: Estimate | None = None) -> str:
+        """Return what a difference of two methods says, of the test result by default.
+
+        Where a method spared nothing, a difference is not one of what it does.
+        """
+        difference = self.versus(method, base) if difference is None else difference
+        spared = [words for name in (method, base) if (words := self.spared(name))]
+        return " and ".join(spared) if difference.n and spared else self.verdict(difference)
+
     def verdict(self, difference: Estimate) -> str:
         """Return what a difference of results says."""
         if difference.n == 0:

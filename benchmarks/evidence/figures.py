@@ -1,4 +1,4 @@
-"""Figures: curves over PFLOPs and seconds, who trained when, and for how long."""
+"""Figures: curves over FLOPs and seconds, who trained when, and for how long."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.evidence.facts import Facts, sorted_facts
+from benchmarks.evidence.words import flops_unit
 from benchmarks.suites.results import Line, slug
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ def _plan(results: Mapping[str, Sequence[Line]]) -> list[tuple[str, Any]]:
 
 
 def curves(facts: Facts) -> Figure:
-    """Draw the validation result over counted PFLOPs and over seconds: one line per seed."""
+    """Draw the validation result over counted FLOPs and over seconds: one line per seed."""
     figure, (left, right) = _figure(2)
+    shown = [line for m in SHOWN for line in facts.lines.get(m, {}).values()]
+    name, unit = flops_unit(max((line["flops"] for line in shown), default=0.0))
     for ax, cost, scale, label in (
-        (left, "flops", 1e15, "counted PFLOPs, probes included"),
+        (left, "flops", unit, f"counted {name}, probes included"),
         (right, "seconds", 1.0, "seconds of training, probes included"),
     ):
         for i, method in enumerate(m for m in SHOWN if m in facts.lines):

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.evidence.sentences import sentences
+from benchmarks.evidence.words import listed
 from benchmarks.suites.registry import SUITES
 from benchmarks.suites.results import RESULTS, Line, read
+from benchmarks.suites.spec import DATA_SETS
 from benchmarks.tabular import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "BENCHMARKS.md"
-FIGURES = ROOT / "docs" / "figures"
+PAGE = "BENCHMARKS.md"
+#: Folder of the figures beside the project's own page, and beside any other.
+FIGURES, OTHER_FIGURES = "docs/figures", "figures"
 
 NOTHING = "No suite has been run yet: this page has no numbers."
 
@@ -45,12 +48,15 @@ def load(folder: Path = RESULTS) -> dict[str, list[Line]]:
     return found
 
 
-def text(results: Mapping[str, Sequence[Line]], figures: Sequence[str] = ()) -> str:
+def text(
+    results: Mapping[str, Sequence[Line]], figures: Sequence[str] = (), folder: str = FIGURES
+) -> str:
     """Return the page; equal results give equal text.
 
     Args:
         results: The finished runs of each suite.
         figures: Names of the figures there are, see :mod:`benchmarks.evidence.figures`.
+        folder: Where they are, as the page links to them.
     """
     if not results:
         return f"# Benchmarks\n\n{NOTHING}\n"
@@ -58,13 +64,25 @@ def text(results: Mapping[str, Sequence[Line]], figures: Sequence[str] = ()) -> 
     parts += ["## Where it was measured", machines(results)]
     for name, lines in results.items():
         suite = SUITES[name]
-        parts += [f"## {suite.TITLE}", f"`python -m benchmarks {name}`", suite.report(list(lines))]
+        parts += [f"## {title(name, lines)}", commands(name, lines), suite.report(list(lines))]
         parts += [
-            f"![{figure.removesuffix('.png')}](docs/figures/{figure})"
+            f"![{figure.removesuffix('.png')}]({folder}/{figure})"
             for figure in figures
             if figure.startswith(f"{name}-")
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def title(suite: str, lines: Sequence[Line]) -> str:
+    """Return a suite's title with the data sets that its runs were trained on."""
+    names = list(dict.fromkeys(line["corpus"]["name"] for line in lines if "corpus" in line))
+    return SUITES[suite].TITLE.format(corpus=listed([DATA_SETS.get(n, n) for n in names]))
+
+
+def commands(suite: str, lines: Sequence[Line]) -> str:
+    """Return the commands that a suite's runs are of, one per scale."""
+    scales = dict.fromkeys(line["scale"] for line in lines)
+    return listed([f"`python -m benchmarks {suite} --scale {scale}`" for scale in scales])
 
 
 def machines(results: Mapping[str, Sequence[Line]]) -> str:
@@ -83,8 +101,18 @@ def machines(results: Mapping[str, Sequence[Line]]) -> str:
     return markdown(head, cells)
 
 
-def write(folder: Path = RESULTS, page: Path = PAGE, figures: Path = FIGURES) -> list[Path]:
+def home(folder: Path) -> Path:
+    """Return where the page of some results belongs: the project's root for its own."""
+    return ROOT if folder.resolve() == RESULTS else folder
+
+
+def write(folder: Path = RESULTS, out: Path = ROOT) -> list[Path]:
     """Write the page and its figures; return their paths.
+
+    Args:
+        folder: Of the results.
+        out: Where the page goes; figures to ``docs/figures`` of the project's root, else to
+            ``figures`` beside the page.
 
     Raises:
         ModuleNotFoundError: If there is something to draw and matplotlib is not installed.
@@ -92,6 +120,9 @@ def write(folder: Path = RESULTS, page: Path = PAGE, figures: Path = FIGURES) ->
     from benchmarks.evidence.figures import draw
 
     results = load(folder)
-    drawn = draw(results, figures)
-    page.write_text(text(results, [path.name for path in drawn]), encoding="utf-8")
+    figures = FIGURES if out.resolve() == ROOT else OTHER_FIGURES
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(results, out / figures)
+    page = out / PAGE
+    page.write_text(text(results, [path.name for path in drawn], figures), encoding="utf-8")
     return [page, *drawn]

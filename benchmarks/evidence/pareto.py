@@ -9,7 +9,6 @@ from benchmarks.evidence.comparison import sizes
 from benchmarks.evidence.facts import Facts, sorted_facts
 from benchmarks.evidence.words import interval, percent, plain, signed
 from benchmarks.suites.results import Line
-from benchmarks.suites.stats import Estimate
 from benchmarks.tabular import markdown
 
 
@@ -50,7 +49,6 @@ def share_table(facts: Facts, share: str, methods: Sequence[str]) -> str:
     """Return what competes at one share, the best mean first."""
     rows = []
     for method in ranked(facts, methods):
-        beside = [facts.versus(method, f"{base}-{share}") for base in ("random", "short")]
         rows.append(
             [
                 f"`{method}`",
@@ -58,8 +56,8 @@ def share_table(facts: Facts, share: str, methods: Sequence[str]) -> str:
                 plain(facts.mean(method, facts.result), 4),
                 percent(facts.ratio(method, "full", lambda line: line["flops"]).mean),
                 percent(facts.ratio(method, "full", lambda line: line["seconds"]).mean),
-                *_cells(facts, beside[0], own=method == f"random-{share}"),
-                *_cells(facts, beside[1], own=method == f"short-{share}"),
+                *_cells(facts, method, f"random-{share}"),
+                *_cells(facts, method, f"short-{share}"),
             ]
         )
     head = [
@@ -69,7 +67,8 @@ def share_table(facts: Facts, share: str, methods: Sequence[str]) -> str:
     return markdown(head, rows)
 
 
-def _cells(facts: Facts, difference: Estimate, *, own: bool) -> list[str]:
-    if own:
+def _cells(facts: Facts, method: str, base: str) -> list[str]:
+    if method == base:
         return ["", "", ""]
-    return [signed(difference), interval(difference), facts.verdict(difference)]
+    difference = facts.versus(method, base)
+    return [signed(difference), interval(difference), facts.says(method, base)]

@@ -47,7 +47,7 @@ def gain(compared: Sequence[Facts]) -> str:
             flops = facts.ratio(method, "full", lambda line: line["flops"]).mean
             found.append(
                 f"{where(facts)}, `{method}` took {percent(seconds)} of the seconds and "
-                f"{percent(flops)} of the counted FLOPs, {said(facts, difference)}"
+                f"{percent(flops)} of the counted FLOPs, {said(facts, method, difference)}"
             )
     if not found:
         return "What MAT gains over plain training has not been measured yet."
@@ -56,6 +56,14 @@ def gain(compared: Sequence[Facts]) -> str:
 
 def rivals(compared: Sequence[Facts]) -> str:
     """Say whether MAT beats fewer steps, and random units."""
+    words = {
+        "better": "MAT's test result was better",
+        "worse": "it was worse",
+        NO_DIFFERENCE: "the 95% interval covers zero, no difference was seen",
+        "one seed: no interval": "one seed shows nothing",
+        "no pair": "no pair was finished",
+        "": "one of the two rested nothing or left out no step, which compares nothing,",
+    }
     groups: dict[str, list[str]] = {}
     for facts in compared:
         for method, bases in _RIVALS.items():
@@ -63,16 +71,10 @@ def rivals(compared: Sequence[Facts]) -> str:
                 difference = facts.versus(method, base)
                 if difference.n:
                     pair = f"`{method}` beside `{base}` ({where(facts)})"
-                    groups.setdefault(facts.verdict(difference), []).append(pair)
+                    says = facts.says(method, base)
+                    groups.setdefault(says if says in words else "", []).append(pair)
     if not groups:
         return "Whether MAT beats fewer steps or random units has not been measured yet."
-    words = {
-        "better": "MAT's test result was better",
-        "worse": "it was worse",
-        NO_DIFFERENCE: "the 95% interval covers zero, no difference was seen",
-        "one seed: no interval": "one seed shows nothing",
-        "no pair": "no pair was finished",
-    }
     parts = [f"{words[v]} for {listed(groups[v])}" for v in words if v in groups]
     if "better" not in groups:
         parts.insert(0, "MAT's test result was better than none of its rivals'")
@@ -86,10 +88,7 @@ def same_cost(found: Sequence[Facts]) -> str:
         for share, methods in shares(facts).items():
             first = ranked(facts, methods)[0]
             rival = [b for b in ("random", "short") if f"{b}-{share}" not in (first,)]
-            beside = [
-                f"{facts.verdict(facts.versus(first, f'{b}-{share}'))} beside `{b}-{share}`"
-                for b in rival
-            ]
+            beside = [f"{facts.says(first, f'{b}-{share}')} beside `{b}-{share}`" for b in rival]
             flops = facts.ratio(first, "full", lambda line: line["flops"]).mean
             parts.append(
                 f"with {share} of the units `{first}` had the best mean ({percent(flops)} of the "
@@ -172,9 +171,9 @@ def where(facts: Facts) -> str:
     return f"{facts.title} at `{facts.scale}` on {facts.device}"
 
 
-def said(facts: Facts, difference: Estimate) -> str:
-    """Return what a difference of test results says, with its interval."""
-    verdict = facts.verdict(difference)
+def said(facts: Facts, method: str, difference: Estimate) -> str:
+    """Return what a method's difference to ``full`` in the test result says, with its interval."""
+    verdict = facts.says(method, "full")
     return (
         f"test {facts.metric} {signed(difference, 3)}, {interval(difference, 3)} ({verdict})"
         if difference.n > 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.facts import sorted_facts
-from benchmarks.evidence.words import percent, plain, signed
+from benchmarks.evidence.words import counted, percent, signed
 from benchmarks.suites.results import Line
 from benchmarks.tabular import markdown
 
@@ -21,9 +21,9 @@ def table(lines: Sequence[Line]) -> str:
             [
                 f"{facts.title}, {facts.scale}, {facts.device}",
                 f"{facts.task['steps']}",
-                plain(facts.mean("full", lambda line: line["flops"] / 1e15), 5),
-                plain(facts.mean("mat", lambda line: line["flops"] / 1e15), 5),
-                plain(facts.mean("mat", lambda line: line["probe_flops"] / 1e15), 6),
+                counted(facts.mean("full", lambda line: line["flops"])),
+                counted(facts.mean("mat", lambda line: line["flops"])),
+                counted(facts.mean("mat", lambda line: line["probe_flops"])),
                 percent(1 - saved.mean, 1),
                 percent(1 - paper.mean, 1),
                 percent(1 - seconds.mean, 1),
@@ -34,7 +34,7 @@ def table(lines: Sequence[Line]) -> str:
             ]
         )
     head = [
-        *("size", "steps", "full, PFLOPs", "MAT, PFLOPs", "of them probes"),
+        *("size", "steps", "full, FLOPs", "MAT, FLOPs", "of them probes"),
         *("FLOPs saved", "paper's rule saves", "seconds saved", "probes of the seconds"),
         "test loss − full",
     ]

@@ -22,6 +22,33 @@ def plain(value: Estimate, digits: int = 3, unit: str = "") -> str:
     return mean if value.n == 1 else f"{mean} ± {value.error:.{digits}f}{unit}"
 
 
+def counted(value: Estimate) -> str:
+    """Return FLOPs in the unit that fits, with their standard error.
+
+    Example:
+        >>> counted(Estimate(1, 4.127e10, *[math.nan] * 3)), counted(Estimate(2, 3e15, 2e13, 0, 0))
+        ('41.27 GFLOPs', '3.00 ± 0.02 PFLOPs')
+    """
+    if value.n == 0:
+        return NONE
+    name, unit = flops_unit(value.mean)
+    scaled = Estimate(
+        value.n, *(x / unit for x in (value.mean, value.error, value.low, value.high))
+    )
+    return f"{plain(scaled, 2)} {name}"
+
+
+def flops_unit(most: float) -> tuple[str, float]:
+    """Return the unit for numbers of FLOPs up to some size, and how many FLOPs it is.
+
+    Example:
+        >>> flops_unit(2e13), flops_unit(3.0)
+        (('TFLOPs', 1000000000000.0), ('FLOPs', 1.0))
+    """
+    units = {"EFLOPs": 1e18, "PFLOPs": 1e15, "TFLOPs": 1e12, "GFLOPs": 1e9, "MFLOPs": 1e6}
+    return next(((name, unit) for name, unit in units.items() if most >= unit), ("FLOPs", 1.0))
+
+
 def signed(value: Estimate, digits: int = 4) -> str:
     """Return a difference with its sign and its standard error.
 

@@ -11,7 +11,7 @@ from benchmarks.suites.scales import tasks
 from benchmarks.suites.spec import Run, paired
 from benchmarks.suites.train import train
 
-TITLE = "BERT, masked words of WikiText-2 (paper: table 1)"
+TITLE = "BERT, masked words of {corpus} (paper: table 1)"
 
 __all__ = ["TITLE", "report", "runs", "train"]
 

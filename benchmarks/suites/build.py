@@ -11,9 +11,9 @@ from typing import Any
 import lightning as L
 
 from benchmarks.suites.pretrained import pretrained_bert, pretrained_switch
-from benchmarks.suites.spec import Task
+from benchmarks.suites.spec import DATA_SETS, Task
 from examples.data.cifar10 import Cifar10
-from examples.data.corpus import read_directory, read_hub
+from examples.data.corpus import read_directory
 from examples.data.embedded import embedded_corpus
 from examples.data.imdb import Imdb
 from examples.data.locate import find_vocabulary, locate
@@ -34,16 +34,28 @@ def made(
         task: What is trained.
         steps: Optimizer steps that the learning-rate schedule is for.
         seed: Of the data order, masks and dropout.
-        data: Folder of the data sets; None downloads them.
+        data: Folder of the data sets; None downloads images and reviews. Text needs a folder.
 
     Raises:
-        FileNotFoundError: If the folder lacks the data set.
+        FileNotFoundError: If the folder lacks the data set, or it cannot be downloaded; the
+            message names the set and ``--data``.
         ModuleNotFoundError: If a package is missing; the message names it.
     """
     settings = json.dumps([task.data, task.batch_size], sort_keys=True)
     read_data, make = MODELS[task.model]
-    text = _data(read_data, settings, seed, data)
+    try:
+        text = _data(read_data, settings, seed, data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{task.model} {task.name} trains on {data_set(task)}: {error}"
+        ) from error
     return make(dict(task.size), text, steps, seed), text
+
+
+def data_set(task: Task) -> str:
+    """Return the name of the data set that a task trains on."""
+    name = {"vgg": Cifar10.name, "sentiment": Imdb.name}.get(task.model) or task.data["corpus"]
+    return DATA_SETS[name]
 
 
 def freeze_lower_half(module: L.LightningModule) -> float:
@@ -73,7 +85,10 @@ def _text(
     if name == "embedded":
         corpus = embedded_corpus()
     elif data is None:
-        corpus = read_hub(name)
+        raise FileNotFoundError(
+            f"name a folder by --data DIR that holds {name} (its three word-level token files) and "
+            "BERT's vocabulary, vocab.txt or bert-base-uncased/vocab.txt"
+        )
     else:
         corpus = read_directory(locate(data, name), name)
     vocabulary = None if pieces or data is None else find_vocabulary(data)

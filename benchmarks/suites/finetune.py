@@ -11,7 +11,7 @@ from benchmarks.suites.scales import tasks
 from benchmarks.suites.spec import Method, Run, paired
 from benchmarks.suites.train import train
 
-TITLE = "Fine-tuning a pretrained encoder on IMDB (compare AutoFreeze)"
+TITLE = "Fine-tuning a pretrained encoder on {corpus} (compare AutoFreeze)"
 
 #: Fine-tuning is where gradients into the lower layers are worth skipping: all skip by units.
 _UNITS = {"skip": "units"}

@@ -15,6 +15,14 @@ METRICS = {
     "vgg": ("accuracy", True),
     "sentiment": ("accuracy", True),
 }
+#: Data sets as the examples name them, and as one writes them.
+DATA_SETS = {
+    "wikitext-2": "WikiText-2",
+    "wikitext-103": "WikiText-103",
+    "cifar-10": "CIFAR-10",
+    "imdb": "IMDB",
+    "embedded": "the embedded corpus",
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from benchmarks.suites.scales import tasks
 from benchmarks.suites.spec import Run, paired
 from benchmarks.suites.train import train
 
-TITLE = "Switch-Transformer, masked words of WikiText-2 (paper: table 2, on WikiText-103)"
+TITLE = "Switch-Transformer, masked words of {corpus} (paper: table 2, on WikiText-103)"
 
 __all__ = ["TITLE", "report", "runs", "train"]
 

@@ -11,7 +11,7 @@ from benchmarks.suites.scales import tasks
 from benchmarks.suites.spec import Run, paired
 from benchmarks.suites.train import train
 
-TITLE = "VGG16, images of CIFAR-10 (paper: table 3)"
+TITLE = "VGG16, images of {corpus} (paper: table 3)"
 
 __all__ = ["TITLE", "report", "runs", "train"]
 

@@ -52,7 +52,7 @@ def read(data: str | Path | None, cache: str | Path | None = None) -> tuple[Spli
             is unpacked each time.
 
     Raises:
-        FileNotFoundError: If files are missing; the message names them.
+        FileNotFoundError: If files are missing, or the download fails; the message names them.
         ValueError: If a file is damaged.
         ModuleNotFoundError: If a download is asked for and torchvision is not installed.
     """
@@ -168,7 +168,13 @@ def _download(root: Path) -> tuple[Split, Split]:
             "downloading CIFAR-10 needs the package `torchvision`, which is not installed: "
             "pip install 'lightning-mat[vision]', or pass --data DIR"
         ) from error
-    train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
+    try:
+        train, test = (CIFAR10(str(root), train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:  # no network, or another checksum
+        raise FileNotFoundError(
+            f"CIFAR-10 could not be downloaded to {root} ({error}): name a folder that holds it "
+            "by --data DIR (the six files of its binary version)"
+        ) from error
     return tuple(  # type: ignore[return-value]
         Split(
             torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(),

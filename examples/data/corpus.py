@@ -58,8 +58,7 @@ def read_directory(directory: str | Path, name: str | None = None) -> Corpus:
     if missing:
         raise FileNotFoundError(
             f"data folder {folder} lacks {', '.join(missing)}; found {contents(folder)}: put "
-            "WikiText-2's three word-level token files there, or leave out --data for the embedded "
-            "corpus"
+            "three word-level token files there, or name their folder by --data"
         )
     train, valid, test = (_lines(files[split]) for split in SPLITS)
     return Corpus(name or folder.resolve().name, train, valid, test)

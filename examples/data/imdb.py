@@ -51,7 +51,7 @@ def read(data: str | Path | None) -> tuple[Reviews, Reviews]:
     or ``neg``), a number, the rating and the text, separated by a TAB each; texts may hold more.
 
     Raises:
-        FileNotFoundError: If a file is missing; the message names it.
+        FileNotFoundError: If a file is missing, or the download fails; the message names it.
         ValueError: If a line is none of a review.
         ModuleNotFoundError: If a download is asked for and ``datasets`` is not installed.
     """
@@ -97,7 +97,13 @@ def _download() -> tuple[Reviews, Reviews]:
             "downloading IMDB needs the package `datasets`, which is not installed: "
             "pip install 'lightning-mat[data]', or pass --data DIR"
         ) from error
-    loaded = datasets.load_dataset("stanfordnlp/imdb")
+    try:
+        loaded = datasets.load_dataset("stanfordnlp/imdb")
+    except (OSError, RuntimeError) as error:  # no network, or a hub that has it no more
+        raise FileNotFoundError(
+            f"IMDB could not be downloaded ({error}): name a folder that holds train.tsv.xz and "
+            "test.tsv.xz by --data DIR"
+        ) from error
     train, test = (
         Reviews(
             [text.replace("<br />", " ") for text in loaded[split]["text"]],

@@ -27,13 +27,12 @@ PLACES: dict[str, Place] = {
         tuple(
             f.format(s) for s in ("train", "valid", "test") for f in ("{}.txt", "wiki.{}.tokens")
         ),
-        "put WikiText-2's three word-level token files there, or leave out --data for the "
-        "embedded corpus",
+        "put WikiText-2's three word-level token files there, or name their folder by --data",
     ),
     "wikitext-103": Place(
         ("wikitext-103",),
         tuple(f"wiki.{split}.tokens" for split in ("train", "valid", "test")),
-        "put WikiText-103's three word-level token files there, or download it with --hub",
+        "put WikiText-103's three word-level token files there, or name their folder by --data",
     ),
     "cifar-10": Place(
         ("cifar-10", "cifar-10-batches-bin"),

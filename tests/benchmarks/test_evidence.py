@@ -26,7 +26,12 @@ def line(run, *, loss=5.0, seconds=100.0, flops=1e15, probe_seconds=0.0, needs=N
     return {
         "key": run.key,
         **run.settings(),
-        **{"steps": 6, "initial": "x", "corpus": {"name": "text"}, "seconds": seconds},
+        **{
+            "steps": 3 if run.method.plain else 6,
+            "initial": "x",
+            "corpus": {"name": "embedded"},
+            "seconds": seconds,
+        },
         **{"flops": flops, "paper_flops": flops, "full_step_flops": 1e14, "units": 4},
         **{"probes": int(probe_seconds > 0), "probe_seconds": probe_seconds, "probe_flops": 0.0},
         **{"trained_share": 0.5, "shares_trained": {"50": 1, "100": 3}},
@@ -54,9 +59,10 @@ BETTER = {"full": (5.0, 5.1, 5.2), "mat": (4.9, 5.0, 5.1), "short": (5.3, 5.4, 5
 
 def test_the_committed_page_is_what_the_committed_results_give():
     results = page.load()
-    assert page.PAGE.read_text(encoding="utf-8") == page.text(results, figures.names(results))
+    written = (page.ROOT / page.PAGE).read_text(encoding="utf-8")
+    assert written == page.text(results, figures.names(results))
     for name in figures.names(results):
-        assert (page.FIGURES / name).read_bytes()[:4] == b"\x89PNG"
+        assert (page.ROOT / page.FIGURES / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_without_results_the_page_says_so(tmp_path):
@@ -71,11 +77,15 @@ def test_the_page_is_read_from_files_and_the_same_each_time(tmp_path):
         results.append(one)
     found = page.load(tmp_path)
     assert page.text(found) == page.text(json.loads(json.dumps(found)))
-    paths = page.write(tmp_path, tmp_path / "B.md", tmp_path / "figures")
+    paths = page.write(tmp_path, tmp_path / "out")
+    assert {p.parent for p in paths[1:]} == {tmp_path / "out" / "figures"}
     assert [p.name for p in paths[1:]] == figures.names(found)
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths[1:])
-    text = (tmp_path / "B.md").read_text()
-    assert text == page.text(found, figures.names(found))
+    text = paths[0].read_text()
+    assert text == page.text(found, figures.names(found), "figures")
+    assert "](figures/bert-test-cpu-tiny-curves.png)" in text
+    assert "`python -m benchmarks bert --scale test`" in text
+    assert "## BERT, masked words of the embedded corpus (paper: table 1)" in text
     assert "| `bert` | test | Some CPU | 2 | torch 2.15, lightning 2.6 | 012345678 | 9 |" in text
 
 
@@ -161,6 +171,36 @@ def test_probe_shares_and_callback_costs():
         for ratio in (1.0, 1.1, 9.0)
     ]
     assert overhead.step_ratio([{"rounds": rounds}], "active").mean == 1.1
+
+
+def test_a_method_that_rested_nothing_is_called_so_and_not_compared():
+    even = {"full": (5.0, 5.1, 5.2), "mat": (5.1, 5.0, 5.2), "short": (5.0, 5.2, 5.1)}
+    lines = suite(even)
+    ours = [one for one in lines if one["method"]["name"] == "mat"]
+    for one in lines:
+        one["trained_share"] = 1.0
+    [found] = facts.sorted_facts(lines)
+    assert found.says("mat", "full") == "`mat` rested nothing"
+    assert found.says("short", "mat") == "`mat` rested nothing"
+    assert found.says("short", "full") == facts.NO_DIFFERENCE  # fewer steps, never fewer units
+    assert found.says("mat", "nobody") == "no pair"
+    text = " ".join(sentences.sentences({"bert": lines}))
+    assert "(`mat` rested nothing)" in text
+    assert "rested nothing or left out no step, which compares nothing, for `mat` beside" in text
+    assert facts.NO_DIFFERENCE not in text
+    assert "| `mat` rested nothing |" in comparison.tables(lines)
+    for one in lines:
+        one["steps"] = 6
+    assert found.says("short", "full") == "`short` left out no step"
+    assert found.says("mat", "short") == "`mat` rested nothing and `short` left out no step"
+    ours[0]["trained_share"] = 0.9
+    assert found.says("mat", "full") == facts.NO_DIFFERENCE
+
+
+def test_small_costs_are_in_a_readable_unit():
+    text = comparison.tables(suite(BETTER, full={"flops": 4e10}))
+    assert "| `full` | 100.0 ± 0.0 s | 40.00 ± 0.00 GFLOPs | 40.00 ± 0.00 GFLOPs |" in text
+    assert "PFLOPs" not in text
 
 
 def test_tables_name_every_method_and_pair():

@@ -7,6 +7,7 @@ import pkgutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import benchmarks.evidence
 import benchmarks.suites
 from benchmarks.__main__ import main
+from benchmarks.evidence import page
 from benchmarks.suites import methods, overhead, ranking, scales
 from benchmarks.suites.calibration import seconds
 from benchmarks.suites.noted import record_of
@@ -274,6 +276,31 @@ def test_a_suite_runs_stops_and_goes_on(tmp_path, capsys):
     assert path.read_bytes() == before
 
 
+def test_the_closing_hint_repeats_the_folder_and_report_writes_there(tmp_path, capsys):
+    root = Path(page.ROOT, page.PAGE)
+    before = root.read_bytes()
+    where = command(tmp_path, "bert", "--scale", "test", "--seeds", "1", "--methods", "full")
+    assert main(where) == 0
+    hint = f"`python -m benchmarks report --results {tmp_path / 'r'}` writes"
+    assert hint in capsys.readouterr().out
+    assert main(command(tmp_path, "report")) == 0
+    text = (tmp_path / "r" / page.PAGE).read_text()
+    assert "masked words of the embedded corpus (" in text
+    assert (tmp_path / "r" / "figures" / "bert-test-cpu-tiny-curves.png").is_file()
+    assert "](figures/bert-test-cpu-tiny-curves.png)" in text
+    assert main(command(tmp_path, "report", "--out", str(tmp_path / "new" / "o"))) == 0
+    assert (tmp_path / "new" / "o" / page.PAGE).read_text() == text
+    assert root.read_bytes() == before
+    assert page.home(page.RESULTS) == page.ROOT
+
+
+def test_list_names_methods_and_suites_without_runs(tmp_path, capsys):
+    assert main(command(tmp_path, "list", "--scale", "test", "--seeds", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "methods of optimizers: full, mat, mat-units\n" in printed
+    assert "no runs at --scale test: vgg, switch, finetune\n" in printed
+
+
 def test_list_says_what_is_left(tmp_path, capsys):
     assert main(command(tmp_path, "list", "--scale", "test", "--seeds", "1")) == 0
     printed = capsys.readouterr().out
@@ -369,6 +396,13 @@ def test_overhead_measures_every_way():
         (["bert", "--device", "tpu"], "'tpu' is no device"),
         (["bert", "--methods", "best"], "no method 'best' here"),
         (["all", "--methods", "mat"], "--methods needs one suite"),
+        (
+            ["vgg", "--scale", "test"],
+            "at --scale test: choose from cpu, gpu, paper",
+        ),
+        (["vgg", "--scale", "test", "--methods", "mat"], "vgg has no runs at --scale test"),
+        (["bert", "--out", "x"], "--out is where `report` writes"),
+        (["report"], "there is no folder of results"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, capsys, arguments, message):
@@ -380,9 +414,31 @@ def test_bad_input_is_refused(tmp_path, capsys, arguments, message):
 
 def test_a_data_folder_without_the_data_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit):
-        main(command(tmp_path, "bert", "--data", str(tmp_path / "empty")))
-    assert "wikitext-2" in capsys.readouterr().err
+    for arguments in (["--data", str(tmp_path / "empty")], []):
+        with pytest.raises(SystemExit) as error:
+            main(command(tmp_path, "bert", *arguments))
+        assert error.value.code == 2
+        message = capsys.readouterr().err
+        assert "bert minilm-4 trains on WikiText-2" in message
+        assert "by --data" in message
+        assert "embedded" not in message
+
+
+def test_a_download_that_fails_is_one_error_and_names_the_data(tmp_path, capsys, monkeypatch):
+    vision = pytest.importorskip("torchvision.datasets")
+
+    def unreachable(*args, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(vision, "CIFAR10", unreachable)
+    with pytest.raises(SystemExit) as error:
+        main(command(tmp_path, "vgg"))
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert "vgg width-16 trains on CIFAR-10: CIFAR-10 could not be downloaded" in printed.err
+    assert "no route to host" in printed.err
+    assert "--data DIR" in printed.err
+    assert "Traceback" not in printed.err + printed.out
 
 
 def test_task_names_its_metric():

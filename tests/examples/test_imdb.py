@@ -109,6 +109,17 @@ def test_another_seed_is_another_order(folder):
     assert orders(first.with_seed(2)) == orders(wanted) != orders(first)
 
 
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
+    class Hub:
+        @staticmethod
+        def load_dataset(path):
+            raise ConnectionError("couldn't reach it")
+
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    with pytest.raises(FileNotFoundError, match=r"IMDB could not.*couldn't reach it.*--data DIR"):
+        read(None)
+
+
 def test_unusable_files_and_sizes_are_named(folder, monkeypatch):
     for options, message in (
         ({"valid_size": 40}, r"valid_size must be from 1 to 39.*got 40"),
