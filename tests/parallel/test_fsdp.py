@@ -1,0 +1,295 @@
+"""FSDP2: gate, optimizer, probe and checkpoints on sharded parameters are those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from lightning_mat import MAT, Partition
+from lightning_mat.mntk.probe import Probe
+from lightning_mat.parallel import Ranks
+from lightning_mat.parallel.probing import SharedProbe
+from lightning_mat.shards import is_sharded, local_of, local_rows
+from tests.parallel import sharded
+
+CPU = torch.device("cpu")
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+SGD = partial(torch.optim.SGD, lr=1e-1, momentum=0.9, weight_decay=0.1)
+
+
+def resting(names: list[str], pattern: str) -> dict[str, torch.Tensor]:
+    """Return which elements of each parameter rest, by the slices themselves."""
+    model = sharded.net()
+    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    for unit, on in zip(sharded.units(model), sharded.flags(pattern), strict=True):
+        for piece in unit.slices if not on else ():
+            stop = piece.stop if piece.dim is not None else None
+            mask = masks[piece.param]
+            (mask.T if piece.dim == 1 else mask)[piece.start : stop] = True
+    return {name: masks[name] for name in names}
+
+
+# ---- gradients and steps -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", ["weights", "units"])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (ADAMW, {}),
+        (partial(ADAMW, foreach=True), {}),
+        (partial(ADAMW, fused=True), {}),
+        (SGD, {}),
+        (ADAMW, {"waking": "decay"}),
+        (partial(SGD, foreach=True), {"waking": "reset"}),
+    ],
+    ids=["adamw", "foreach", "fused", "sgd", "decay", "reset"],
+)
+def test_steps_are_those_of_one_process(
+    skip: str, optimizer: Any, options: dict[str, Any], on_both: Callable[..., list[Any]]
+) -> None:
+    call = partial(sharded.both_ways, optimizer, skip=skip, **options)
+    first, second = on_both(call)
+    (names, ours, moments, beside), (_, alone, expected_moments, expected_beside) = first
+    before = [p.detach() for p in sharded.net().parameters()]
+    for pattern, mine, one in zip(sharded.DECISIONS, ours, alone, strict=True):
+        rests = resting(names, pattern)
+        for name, grad, expected in zip(names, mine[0], one[0], strict=True):
+            assert (grad is None) == (expected is None), name
+            if grad is not None:
+                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+                assert not grad[rests[name]].any()
+        for name, old, weight, expected in zip(names, before, mine[1], one[1], strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-10, atol=1e-12)
+            assert torch.equal(old[rests[name]], weight[rests[name]])
+            if not rests[name].all():
+                assert not torch.equal(old, weight)
+        before = mine[1]
+    for own, expected in zip(moments, expected_moments, strict=True):
+        assert own.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(own[key], value, rtol=1e-9, atol=1e-12, check_dtype=False)
+    # Step counts of slabs, also of those that a rank has no row of.
+    for mine in (beside, second[0][3]):
+        assert mine.keys() == expected_beside.keys()
+        assert mine["without"] == expected_beside["without"]
+        for name, packed in expected_beside["mat"].items():
+            assert torch.equal(mine["mat"][name]["slabs"], packed["slabs"])
+            for key, column in packed["history"].items():
+                assert torch.equal(mine["mat"][name]["history"][key], column)
+
+
+def mixed(skip: str) -> Any:
+    """Return gradients and weights in bfloat16, with units at rest and with everything training."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ranks, found = Ranks(CPU), []
+    for patterns in (sharded.DECISIONS[1:2], ["11 1111 1111"]):
+        model = sharded.cut(sharded.net(torch.float32), mp_policy=policy)
+        found.append(sharded.trained(model, ADAMW, ranks, patterns, skip=skip))
+    return found
+
+
+def test_mixed_precision_rounds_what_trains_and_leaves_what_rests(
+    on_both: Callable[..., list[Any]],
+) -> None:
+    (partly, everything), _ = on_both(mixed, "weights")
+    names, ((grads, weights),), *_ = partly
+    rests = resting(names, sharded.DECISIONS[1])
+    before = [p.detach() for p in sharded.net(torch.float32).parameters()]
+    for name, grad, expected, old, weight in zip(
+        names, grads, everything[1][0][0], before, weights, strict=True
+    ):
+        assert weight.dtype == torch.float32
+        assert torch.equal(old[rests[name]], weight[rests[name]])
+        if grad is None:
+            assert rests[name].all()
+            continue
+        assert grad.dtype == torch.float32
+        assert not grad[rests[name]].any()
+        trains = ~rests[name]
+        torch.testing.assert_close(grad[trains], expected[trains], rtol=2e-2, atol=2e-4)
+
+
+# ---- probes --------------------------------------------------------------------------------
+
+
+def spectra(fsdp: dict[str, Any]) -> Any:
+    """Return spectra before and after a training step, and what the probes left behind."""
+    ranks, batch = Ranks(CPU), sharded.samples(8)
+    model = sharded.cut(sharded.net(), **fsdp)
+    part = Partition(sharded.units(model), model)
+    probe = SharedProbe(model, part, ranks)
+    before = [local_of(p).clone() for p in model.parameters()]
+    hooks = [(list(m._forward_pre_hooks), list(m._forward_hooks)) for m in model.modules()]
+    found = [probe.measure(batch[0]).eigenvalues for _ in range(2)]
+    assert all(map(is_sharded, model.parameters()))
+    assert all(map(torch.equal, before, map(local_of, model.parameters())))
+    assert hooks == [(list(m._forward_pre_hooks), list(m._forward_hooks)) for m in model.modules()]
+    assert all(p.untyped_storage().size() == 0 for p in probe._whole._stand_ins.values())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nn.functional.cross_entropy(model(batch[0]).double(), batch[1]).backward()
+    kept = [local_of(p.grad).clone() for p in model.parameters()]
+    found.append(probe.measure(batch[0]).eigenvalues)
+    assert all(map(torch.equal, kept, [local_of(p.grad) for p in model.parameters()]))
+    optimizer.step()
+    with torch.no_grad():
+        model(batch[0])  # leaves the outermost parameters gathered, and old
+    optimizer.step()
+    found.append(probe.measure(batch[0]).eigenvalues)
+    return found
+
+
+def test_spectra_are_those_of_one_process(on_both: Callable[..., list[Any]]) -> None:
+    model, batch = sharded.net(), sharded.samples(8)
+    part = Partition(sharded.units(model), model)
+    expected = [Probe(model, part).measure(batch[0]).eigenvalues]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    optimizer.step()
+    expected.append(Probe(model, part).measure(batch[0]).eigenvalues)
+    for found in on_both(spectra, {}):
+        for index in range(3):
+            torch.testing.assert_close(found[index], expected[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[3], expected[1], rtol=1e-9, atol=1e-9)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------
+
+
+def round_trip(optimizer: Any, patterns: Any) -> Any:
+    """Return steps after a state was saved as sharded checkpoints have it, and without that."""
+    ranks, (x, y), ends = Ranks(CPU), sharded.samples(), []
+    for resumes in (False, True):
+        model = sharded.cut(sharded.net())
+        mat = sharded.engine(model, optimizer(model.parameters()), ranks, patterns)
+        for step in range(len(patterns)):
+            mat.update(None, step=step)
+            nn.functional.cross_entropy(model(x), y).backward()
+            mat.optimizers[0].step()
+            mat.optimizers[0].zero_grad()
+            if step != 1 or not resumes:
+                continue
+            state = sharded.copied(get_optimizer_state_dict(model, mat.optimizers[0]))
+            assert "mat" not in state  # which is why it is in the engine's
+            assert len(state["state"]) == len(list(model.parameters()))
+            own = sharded.copied(mat.state_dict())
+            mat.close()
+            mat.optimizers[0].unwrap()
+            mat = sharded.engine(model, optimizer(model.parameters()), ranks, patterns)
+            set_optimizer_state_dict(model, mat.optimizers[0], optim_state_dict=state)
+            mat.load_state_dict(own)
+        ends.append([sharded.full(p) for p in model.parameters()])
+        mat.close()
+    return ends
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, SGD, partial(SGD, dampening=0.5)])
+@pytest.mark.parametrize("patterns", [sharded.DECISIONS[:4], sharded.DECISIONS[4:1:-1]])
+def test_a_sharded_checkpoint_keeps_the_state_of_what_rests(
+    optimizer: Any, patterns: Any, on_both: Callable[..., list[Any]]
+) -> None:
+    for whole, resumed in on_both(round_trip, optimizer, patterns):
+        assert all(map(torch.equal, whole, resumed))
+
+
+def stopped_and_resumed(folder: Path, distributed: bool, mat: dict[str, Any]) -> Any:
+    """Return the ends of a run and of the same run, stopped inside an episode and resumed."""
+    options: dict[str, Any] = {"distributed": distributed, "mat": mat}
+    whole = sharded.summary(sharded.fit(folder / "whole", **options))
+    save = ModelCheckpoint(folder / "saved", save_last=True, every_n_train_steps=1)
+    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 7}
+    sharded.fit(folder / "half", **options, **half)
+    last = folder / "saved" / "last.ckpt"
+    resumed = sharded.summary(sharded.fit(folder / "resumed", ckpt_path=last, **options))
+    return whole, resumed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("distributed", "mat"),
+    [(True, {"skip": "units"}), (False, {}), (True, {"alpha": "auto", "every_n_steps": 4})],
+)
+def test_a_lightning_run_is_resumed_and_is_that_of_one_process(
+    distributed: bool, mat: dict[str, Any], tmp_path: Path, on_both: Callable[..., list[Any]]
+) -> None:
+    alone = sharded.summary(sharded.fit(tmp_path / "alone", shards=False, mat=mat))
+    (whole, resumed), other = on_both(stopped_and_resumed, tmp_path, distributed, mat)
+    assert whole["steps"] == resumed["steps"] == alone["steps"] == 12
+    assert whole["decision"] == resumed["decision"] == other[1]["decision"] == alone["decision"]
+    for key in ("weights", "moments"):
+        assert all(map(torch.equal, whole[key], resumed[key]))
+        for a, e in zip(whole[key], alone[key], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-7, atol=1e-10)
+    assert torch.equal(whole["lambda_max"], resumed["lambda_max"])
+    torch.testing.assert_close(whole["lambda_max"], alone["lambda_max"], rtol=1e-7, atol=1e-9)
+
+
+# ---- refused -------------------------------------------------------------------------------
+
+
+def refusals() -> dict[str, str]:
+    """Return what is said about models that cannot work."""
+    ranks, said = Ranks(CPU), {}
+
+    def ask(name: str, model: nn.Module, **options: Any) -> None:
+        try:
+            part = Partition(sharded.units(model), model)
+            MAT(model, units=part, **{"ranks": ranks, **options}).close()
+        except ValueError as error:
+            said[name] = str(error)
+
+    ask("ranks", sharded.cut(sharded.net()), ranks=None)
+    columns = sharded.cut(sharded.net(), shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    ask("columns", columns)
+    blocks = sharded.net()
+    for block in blocks.blocks:
+        fully_shard(block, mesh=sharded.init_device_mesh("cpu", (2,)))
+    ask("left out", blocks)
+    compiled = sharded.cut(sharded.net())
+    compiled.blocks[0].compile()
+    ask("compiled", compiled)
+    single = sharded.net()
+    fully_shard(single.blocks[0].fc1, mesh=sharded.init_device_mesh("cpu", (2,)))
+    ask("single", sharded.cut(single), skip="units")
+    ask("works", sharded.cut(sharded.net()), skip="units")
+    assert dist.get_world_size() == 2
+    return said
+
+
+def test_what_cannot_work_is_refused_with_the_reason(on_both: Callable[..., list[Any]]) -> None:
+    for said in on_both(refusals):
+        assert "pass ranks=" in said["ranks"]
+        assert "leave tensor parallelism out" in said["columns"]
+        assert "'words.weight' is in no module" in said["left out"]
+        assert "'blocks.0' is compiled" in said["compiled"]
+        assert "call fully_shard on the block around it" in said["single"]
+        assert "works" not in said
+
+
+def rows() -> list[tuple[int, int]]:
+    model = sharded.cut(sharded.net())
+    found = [local_rows(p) for p in model.parameters()]
+    assert [b - a for a, b in found] == [len(local_of(p)) for p in model.parameters()]
+    small = fully_shard(nn.Linear(1, 1), mesh=sharded.init_device_mesh("cpu", (2,)))
+    return [*found[:1], local_rows(small.weight)]
+
+
+def test_rows_of_a_rank(on_both: Callable[..., list[Any]]) -> None:
+    first, second = on_both(rows)
+    assert first == [(0, 4), (0, 1)]
+    assert second == [(4, 7), (1, 1)]
