@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_mat import MAT, MATCallback, Partition, Slice, Unit, policies
 from lightning_mat.parallel import Ranks
+from lightning_mat.shards import reshard
 from tests.parallel.cases import Block
 
 WORDS, WIDTH, HIDDEN, CLASSES = 7, 8, 12, 3
@@ -193,8 +194,8 @@ def fit(
     mat: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Module, MATCallback, pl.Trainer]:
-    """Train through Lightning, 6 steps an epoch, an episode of 2 steps."""
-    given = {"warmup_epochs": 0, "every_n_steps": 2, "n_samples": 8, **(mat or {})}
+    """Train through Lightning, 6 steps an epoch, 4 steps an episode."""
+    given = {"warmup_epochs": 0, "every_n_steps": 4, "n_samples": 8, **(mat or {})}
     given |= {"policy": Listed(needs_spectra=True)} if "alpha" not in given else {}
     callback = MATCallback(units, **given)
     size = dist.get_world_size() if shards else 1
@@ -233,10 +234,12 @@ def summary(run: tuple[Module, MATCallback, pl.Trainer]) -> dict[str, Any]:
     """Return plain tensors and numbers of the end of a run."""
     module, callback, trainer = run
     optimizer = trainer.strategy.optimizers[0]
+    reshard(module)  # a validation at the end leaves what is outermost gathered
     return {
         "weights": [full(p) for p in module.parameters()],
         "moments": [full(optimizer.state[p]["exp_avg_sq"]) for p in module.parameters()],
         "decision": callback.mat.decision.digest(),
+        "active": callback.mat.active.tolist(),
         "lambda_max": callback.mat.history.state_dict()["lambda_max"],
         "beside": optimizer.state_beside(),
         "steps": trainer.global_step,
