@@ -333,8 +333,16 @@ class MAT:
         self.probe_flops = int(state["probe_flops"])
         if isinstance(self.probe, SharedProbe):
             self.probe.load_state_dict(state.get("shared", {}))
-        for optimizer, beside in zip(self.optimizers, state.get("optimizers", ()), strict=False):
-            optimizer.load_state_beside(beside)
+        beside = state.get("optimizers", ())
+        if self._sharded and not beside and any(o.inner.state for o in self.optimizers):
+            warnings.warn(
+                "the saved state is of a run whose model was not sharded: step counts of slabs are "
+                "not in what PyTorch loads of its optimizers, so that every slab goes on with the "
+                "highest of its parameter",
+                stacklevel=2,
+            )
+        for optimizer, own in zip(self.optimizers, beside, strict=False):
+            optimizer.load_state_beside(own)
         self.spectra = None
         self.apply()
 

@@ -233,13 +233,17 @@ class MATOptimizer(Optimizer):
         return {**self._packed(), "without": without_state(self.inner)}
 
     def load_state_beside(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_beside`, after the state itself was loaded.
+        """Go on from :meth:`state_beside`, after the state itself was loaded, or with it.
+
+        Without any state it is kept for the next :meth:`load_state_dict`: Lightning restores
+        callbacks before the optimizers where the model is not sharded.
 
         Raises:
             ValueError: As :meth:`load_state_dict`.
         """
         if not self.inner.state:
-            return  # of a checkpoint without optimizers
+            self._slicer.beside = dict(state)
+            return
         histories, anew = self._unpacked(state)
         drop(self.inner, state["without"])
         self._slicer.forget()
@@ -267,9 +271,12 @@ class MATOptimizer(Optimizer):
             ValueError: If the slabs differ from those of the saved run, and are not to be mapped;
                 nothing is loaded then.
         """
-        histories, anew = self._unpacked(state_dict)
+        beside, self._slicer.beside = self._slicer.beside, {}
+        known = state_dict if "mat" in state_dict else beside
+        histories, anew = self._unpacked(known)
         self.inner.load_state_dict(state_dict)
-        self._take_up(state_dict, histories, anew)
+        drop(self.inner, known.get("without", ()))
+        self._take_up(known, histories, anew)
 
     def _unpacked(self, state: Mapping[str, Any]) -> tuple[Histories, Anew]:
         """Return the histories of slabs in a state, and the units of those that begin anew."""

@@ -55,6 +55,8 @@ class Slicer:
         # Only for parameters whose slabs differ; the others' slabs all follow inner.state.
         self.histories: dict[Tensor, list[History]] = {}
         self.rests = Rests()
+        # Step counts that wait for the state that they belong to.
+        self.beside: dict[str, Any] = {}
         self._plan: list[GroupPlan] | None = None
         self._sizes: list[int] = []
         self._vanilla = True
@@ -95,7 +97,7 @@ class Slicer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and hook into the restored optimizer."""
-        self.__dict__.update(state, _plan=None, _shown=None)
+        self.__dict__.update(state, beside={}, _plan=None, _shown=None)
         self.__dict__.update({key: [] for key in ("_sizes", "_groups", "_stepping", "_loaded")})
         self._attach()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lightning_mat import MAT, Partition, Slice, Unit, flops
+from lightning_mat import MAT, Partition, Slice, Unit, flops, partition
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.parallel import Ranks
 from lightning_mat.parallel.probing import SharedProbe
@@ -92,6 +93,69 @@ def test_steps_are_those_of_one_process(
             assert torch.equal(mine["mat"][name]["slabs"], packed["slabs"])
             for key, column in packed["history"].items():
                 assert torch.equal(mine["mat"][name]["history"][key], column)
+
+
+class Encoder(nn.Module):
+    """Transformer layers, whose attention has packed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.TransformerEncoderLayer(8, 4, 12, 0.0, batch_first=True) for _ in range(2)]
+        self.layers, self.last = nn.ModuleList(layers), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x.mean(1))
+
+
+def encoded(skip: str, gathers: bool) -> Any:
+    """Return gradients and weights of an encoder with gradients of two batches in each step.
+
+    Args:
+        skip: Of the engine.
+        gathers: Whether the ranks' gradients are averaged once for both, not twice.
+    """
+    ranks, ends = Ranks(CPU), []
+    x = torch.randn(8, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for owned in (ranks, None):
+        torch.manual_seed(0)
+        model = Encoder().double()
+        if owned is not None:
+            for module in (*model.layers, model):
+                fully_shard(module, mesh=sharded.init_device_mesh("cpu", (2,)))
+        part = partition(model, "heads+ffn")
+        mat = MAT(model, ADAMW(model.parameters()), part, skip=skip, ranks=owned)
+        generator, found = torch.Generator().manual_seed(3), []
+        for _ in range(4):
+            active = torch.rand(len(part), generator=generator) > 0.6
+            mat.gate.apply(active)
+            mat.optimizers[0].apply(active)
+            own = x if owned is None else x.chunk(2)[ranks.rank]
+            for last, some in enumerate(own.chunk(2)):
+                if owned is not None and gathers:
+                    model.set_requires_gradient_sync(bool(last))
+                (model(some).square().mean() / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            found += [sharded.full(p.grad) for p in model.parameters()]
+            mat.optimizers[0].step()
+            mat.optimizers[0].zero_grad()
+        mat.close()
+        ends.append((found, [sharded.full(p) for p in model.parameters()]))
+    return ends
+
+
+@pytest.mark.parametrize(("skip", "gathers"), [("weights", True), ("units", False)])
+def test_heads_rest_with_accumulated_and_clipped_gradients(
+    skip: str, gathers: bool, on_both: Callable[..., list[Any]]
+) -> None:
+    for (grads, weights), (expected, alone) in on_both(encoded, skip, gathers):
+        assert [g is None for g in grads] == [g is None for g in expected]
+        for grad, one in zip(grads, expected, strict=True):
+            if grad is not None:
+                torch.testing.assert_close(grad, one, rtol=1e-9, atol=1e-12)
+        for weight, one in zip(weights, alone, strict=True):
+            torch.testing.assert_close(weight, one, rtol=1e-8, atol=1e-10)
 
 
 def skipped(skip: str) -> list[int]:
@@ -227,6 +291,51 @@ def test_spectra_are_those_of_one_process(on_both: Callable[..., list[Any]]) -> 
         torch.testing.assert_close(found[3], expected[1], rtol=1e-9, atol=1e-9)
 
 
+def without_room() -> Any:
+    """Return what a probe says that finds no room for the whole model on one rank."""
+    ranks = Ranks(CPU)
+    model = sharded.cut(sharded.net())
+    part = Partition(sharded.units(model), model)
+    mat = MAT(model, (), part, sharded.Listed(needs_spectra=True), ranks=ranks)
+
+    whole = mat.probe._whole
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            param, one = next(iter(whole._stand_ins.items()))
+            patch.setattr(whole, "_stand_ins", {param: Full(one)})
+        with pytest.warns(UserWarning, match="the whole model does not fit the memory"):
+            mat.update(sharded.samples(8)[0], step=0)
+    assert all(map(is_sharded, model.parameters()))
+    mat.update(sharded.samples(8)[0], step=1)
+    return mat.skipped, mat.probes
+
+
+class Full:
+    """A stand-in for which there is no memory."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        self._param = param
+
+    def untyped_storage(self) -> Any:
+        return self
+
+    def resize_(self, size: int) -> None:
+        if size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def numel(self) -> int:
+        return self._param.numel()
+
+    def element_size(self) -> int:
+        return self._param.element_size()
+
+
+def test_a_model_that_does_not_fit_whole_costs_the_probe_alone(
+    on_both: Callable[..., list[Any]],
+) -> None:
+    assert on_both(without_room) == [(1, 1), (1, 1)]
+
+
 # ---- checkpoints ---------------------------------------------------------------------------
 
 
@@ -299,6 +408,49 @@ def test_a_lightning_run_is_resumed_and_is_that_of_one_process(
             torch.testing.assert_close(a, e, rtol=1e-7, atol=1e-10)
     assert torch.equal(whole["lambda_max"], resumed["lambda_max"])
     torch.testing.assert_close(whole["lambda_max"], alone["lambda_max"], rtol=1e-7, atol=1e-9)
+
+
+def from_one_file(folder: Path, shards: bool) -> Any:
+    """Return the end of a run that goes on, sharded or not, where another one stopped."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        last = folder / "last.ckpt"
+        found = sharded.summary(sharded.fit(folder / "more", shards=shards, ckpt_path=last))
+    return found, [str(w.message) for w in caught]
+
+
+def stopped(folder: Path, shards: bool) -> None:
+    """Leave a checkpoint in one file, inside an episode in which units rest."""
+    save = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
+    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 6}
+    sharded.fit(folder, shards=shards, distributed=False, **half)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_run_goes_on_in_one_process(
+    tmp_path: Path, on_both: Callable[..., list[Any]]
+) -> None:
+    on_both(stopped, tmp_path, True)
+    found, _ = from_one_file(tmp_path, False)
+    whole = sharded.summary(sharded.fit(tmp_path / "whole", shards=False))
+    assert found["active"] == whole["active"]
+    for key in ("weights", "moments"):
+        for a, e in zip(found[key], whole[key], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-7, atol=1e-10)
+    for name, packed in whole["beside"]["mat"].items():
+        for key, column in packed["history"].items():
+            assert torch.equal(found["beside"]["mat"][name]["history"][key], column)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_one_process_goes_on_sharded_with_a_warning(
+    tmp_path: Path, on_both: Callable[..., list[Any]]
+) -> None:
+    stopped(tmp_path, False)
+    whole = sharded.summary(sharded.fit(tmp_path / "whole", shards=False))
+    for found, said in on_both(from_one_file, tmp_path, True):
+        assert found["active"] == whole["active"]
+        assert any("every slab goes on with the highest" in text for text in said)
 
 
 # ---- refused -------------------------------------------------------------------------------
