@@ -157,10 +157,10 @@ class Pool:
     def _laid_out(self, fulls: Sequence[Tensor | None], flat: Tensor) -> list[Tensor]:
         """Return tensors in the layouts of the parameters and the dtype of a flat one."""
         laid = []
-        for values, given in zip(self._values(), fulls, strict=True):
+        for param, given in zip(self.params, fulls, strict=True):
             if given is None:
                 raise RuntimeError("a parameter without a gradient is in a pool")
-            full = local_of(given)
+            values, full = local_of(param), local_of(given)
             if full.stride() != values.stride() or full.dtype != flat.dtype:
                 own = flat.new_empty_strided(values.shape, values.stride())
                 full = own.copy_(full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -410,7 +411,7 @@ def test_a_lightning_run_is_resumed_and_is_that_of_one_process(
     torch.testing.assert_close(whole["lambda_max"], alone["lambda_max"], rtol=1e-7, atol=1e-9)
 
 
-def from_one_file(folder: Path, shards: bool) -> Any:
+def going_on(folder: Path, shards: bool) -> Any:
     """Return the end of a run that goes on, sharded or not, where another one stopped."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -419,19 +420,30 @@ def from_one_file(folder: Path, shards: bool) -> Any:
     return found, [str(w.message) for w in caught]
 
 
-def stopped(folder: Path, shards: bool) -> None:
-    """Leave a checkpoint in one file, inside an episode in which units rest."""
+def stopped(folder: Path, shards: bool, distributed: bool = False) -> None:
+    """Leave a checkpoint inside an episode in which units rest, in one file if not distributed."""
     save = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
     half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 6}
-    sharded.fit(folder, shards=shards, distributed=False, **half)
+    sharded.fit(folder, shards=shards, distributed=distributed, **half)
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shards", [False, True])
 def test_a_sharded_run_goes_on_in_one_process(
-    tmp_path: Path, on_both: Callable[..., list[Any]]
+    shards: bool,
+    tmp_path: Path,
+    on_both: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_both(stopped, tmp_path, True)
-    found, _ = from_one_file(tmp_path, False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # Lightning leaves addresses there
+    on_both(stopped, tmp_path, True, shards)
+    if shards:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found, _ = going_on(tmp_path, shards)
+    finally:
+        if shards:
+            dist.destroy_process_group()
     whole = sharded.summary(sharded.fit(tmp_path / "whole", shards=False))
     assert found["active"] == whole["active"]
     for key in ("weights", "moments"):
@@ -448,7 +460,7 @@ def test_a_run_of_one_process_goes_on_sharded_with_a_warning(
 ) -> None:
     stopped(tmp_path, False)
     whole = sharded.summary(sharded.fit(tmp_path / "whole", shards=False))
-    for found, said in on_both(from_one_file, tmp_path, True):
+    for found, said in on_both(going_on, tmp_path, True):
         assert found["active"] == whole["active"]
         assert any("every slab goes on with the highest" in text for text in said)
 
