@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_mat import MAT, MATCallback, Partition, Slice, Unit, policies
+from lightning_mat.optim import pieces
 from lightning_mat.parallel import Ranks
 from lightning_mat.shards import reshard
 from tests.parallel.cases import Block
@@ -154,13 +156,20 @@ def trained(
     return [names, found, moments, beside]
 
 
-def both_ways(
-    optimizer: Any, patterns: Any = DECISIONS, fsdp: dict[str, Any] | None = None, **options: Any
-) -> Any:
-    """Return what :func:`trained` does of a sharded model, and of one in one piece."""
-    sharded = cut(net(), **(fsdp or {}))
-    ours = trained(sharded, optimizer, Ranks(torch.device("cpu")), patterns, **options)
-    return ours, trained(net(), optimizer, None, patterns, **options)
+def both_ways(optimizer: Any, *, in_place: bool = False, **options: Any) -> Any:
+    """Return what :func:`trained` does of a sharded model, and of one in one piece.
+
+    Args:
+        optimizer: Makes it.
+        in_place: Step the sharded model's slabs in place, as large ones, not as copies.
+        options: Of the engine.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if in_place:
+            patch.setattr(pieces, "PACK_BELOW", 1)
+            patch.setattr(pieces, "FUSED_PACK_BELOW", 1)
+        ours = trained(cut(net()), optimizer, Ranks(torch.device("cpu")), DECISIONS, **options)
+    return ours, trained(net(), optimizer, None, DECISIONS, **options)
 
 
 class Module(pl.LightningModule):

@@ -59,8 +59,10 @@ def resting(names: list[str], pattern: str) -> dict[str, torch.Tensor]:
         (SGD, {}),
         (ADAMW, {"waking": "decay"}),
         (partial(SGD, foreach=True), {"waking": "reset"}),
+        (ADAMW, {"in_place": True}),
+        (partial(ADAMW, fused=True), {"in_place": True}),
     ],
-    ids=["adamw", "foreach", "fused", "sgd", "decay", "reset"],
+    ids=["adamw", "foreach", "fused", "sgd", "decay", "reset", "large", "largefused"],
 )
 def test_steps_are_those_of_one_process(
     skip: str, optimizer: Any, options: dict[str, Any], on_both: Callable[..., list[Any]]
