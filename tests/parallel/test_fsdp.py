@@ -99,23 +99,27 @@ def test_steps_are_those_of_one_process(
 
 
 class Encoder(nn.Module):
-    """Transformer layers, whose attention has packed weights."""
+    """Transformer layers, whose attention has packed weights, between two layers that share one."""
 
     def __init__(self) -> None:
         super().__init__()
         layers = [nn.TransformerEncoderLayer(8, 4, 12, 0.0, batch_first=True) for _ in range(2)]
-        self.layers, self.last = nn.ModuleList(layers), nn.Linear(8, 3)
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last.weight = self.first.weight
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
         for layer in self.layers:
             x = layer(x)
         return self.last(x.mean(1))
 
 
-def encoded(skip: str, gathers: bool) -> Any:
+def encoded(units: str, skip: str, gathers: bool) -> Any:
     """Return gradients and weights of an encoder with gradients of two batches in each step.
 
     Args:
+        units: Of the model.
         skip: Of the engine.
         gathers: Whether the ranks' gradients are averaged once for both, not twice.
     """
@@ -127,7 +131,7 @@ def encoded(skip: str, gathers: bool) -> Any:
         if owned is not None:
             for module in (*model.layers, model):
                 fully_shard(module, mesh=sharded.init_device_mesh("cpu", (2,)))
-        part = partition(model, "heads+ffn")
+        part = partition(model, units)
         mat = MAT(model, ADAMW(model.parameters()), part, skip=skip, ranks=owned)
         generator, found = torch.Generator().manual_seed(3), []
         for _ in range(4):
@@ -148,11 +152,19 @@ def encoded(skip: str, gathers: bool) -> Any:
     return ends
 
 
-@pytest.mark.parametrize(("skip", "gathers"), [("weights", True), ("units", False)])
-def test_heads_rest_with_accumulated_and_clipped_gradients(
-    skip: str, gathers: bool, on_both: Callable[..., list[Any]]
+@pytest.mark.parametrize(
+    ("units", "skip", "gathers"),
+    [
+        ("heads+ffn", "weights", True),
+        ("heads+ffn", "units", False),
+        ("heads+ffn", "units", True),
+        ("layers", "weights", True),
+    ],
+)
+def test_heads_and_shared_weights_rest_with_accumulated_and_clipped_gradients(
+    units: str, skip: str, gathers: bool, on_both: Callable[..., list[Any]]
 ) -> None:
-    for (grads, weights), (expected, alone) in on_both(encoded, skip, gathers):
+    for (grads, weights), (expected, alone) in on_both(encoded, units, skip, gathers):
         assert [g is None for g in grads] == [g is None for g in expected]
         for grad, one in zip(grads, expected, strict=True):
             if grad is not None:
