@@ -101,8 +101,9 @@ class MATCallback(Callback):
 
     In several processes (``strategy="ddp"`` or ``"ddp_mat"``) every rank measures a share of the
     units and all follow one decision; with ``"ddp_mat"``, see
-    :class:`lightning_mat.parallel.MATDDPStrategy`, gradients of what rests do not travel. FLOPs and
-    seconds are those of one process.
+    :class:`lightning_mat.parallel.MATDDPStrategy`, gradients of what rests do not travel. With
+    ``ModelParallelStrategy`` and ``fully_shard`` on each block a probe needs memory for the whole
+    model on every rank, see ``docs/scaling.md``. FLOPs and seconds are those of one process.
 
     Parameters that are frozen when the fit starts stay frozen and belong to no unit. Those that are
     unfrozen later, for instance by Lightning's ``BaseFinetuning``, always train.

@@ -34,6 +34,7 @@ from lightning_mat.policies import MAT as MATPolicy
 from lightning_mat.policies import Decision, History, Policy, UnitTable
 from lightning_mat.policies.base import FULL
 from lightning_mat.policies.check import check_decision, check_policy
+from lightning_mat.shards import check_shards
 from lightning_mat.units import Partition, partition
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class MAT:
             or ``"decay"``, see :class:`lightning_mat.MATOptimizer`.
         freeze_bn: Whether BatchNorm's running statistics of resting filters stop, see
             :class:`lightning_mat.Gate`.
-        ranks: The processes that train copies of the model together, see
+        ranks: The processes that train copies or shards of the model together, see
             :class:`lightning_mat.parallel.Ranks`; None for one process. All call :meth:`update`
             with the same samples; rank 0 decides. Where DDP wraps the model, backward passes need
             :class:`lightning_mat.parallel.Ready`.
@@ -128,6 +129,7 @@ class MAT:
         self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
+        self._sharded = check_shards(model, 0 if ranks is None else ranks.size)
         self.part = units if isinstance(units, Partition) else partition(model, units)
         self.policy = MATPolicy() if policy is None else policy
         self.dry_run = dry_run
@@ -305,12 +307,14 @@ class MAT:
             "probe_seconds": self.probe_seconds,
             "probe_flops": self.probe_flops,
             "shared": self.probe.state_dict() if isinstance(self.probe, SharedProbe) else {},
+            "optimizers": [o.state_beside() for o in self.optimizers] if self._sharded else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, and apply its decision.
 
-        The optimizers' own states are loaded by their own ``load_state_dict``.
+        The optimizers' own states are loaded by their own ``load_state_dict``, those of a sharded
+        model before this.
 
         Of another partition's state, with ``on_partition_change="map"``, units go on with the
         history and the decision that go by their name. New ones train, and no probe so far has
@@ -348,6 +352,16 @@ class MAT:
         self.probe_flops = int(state["probe_flops"])
         if isinstance(self.probe, SharedProbe):
             self.probe.load_state_dict(state.get("shared", {}))
+        beside = state.get("optimizers", ())
+        if self._sharded and not beside and any(o.inner.state for o in self.optimizers):
+            warnings.warn(
+                "the saved state is of a run whose model was not sharded: step counts of slabs are "
+                "not in what PyTorch loads of its optimizers, so that every slab goes on with the "
+                "highest of its parameter",
+                stacklevel=2,
+            )
+        for optimizer, own in zip(self.optimizers, beside, strict=False):
+            optimizer.load_state_beside(own)
         self.spectra = None
         self.apply()
 

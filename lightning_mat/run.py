@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_mat.mntk.samples import count_samples
 from lightning_mat.parallel.ranks import Ranks
@@ -35,8 +36,9 @@ def check_run(trainer: pl.Trainer, callback: type[Callback]) -> None:
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks | None:
-    """Return the processes of a run; None for one process."""
-    return Ranks(trainer.strategy.root_device) if trainer.world_size > 1 else None
+    """Return the processes of a run; None for one process that has the whole model."""
+    several = trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy)
+    return Ranks(trainer.strategy.root_device) if several else None
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:

@@ -19,6 +19,7 @@ class GradientBuffer:
 
     Args:
         clear: Writes zeros to a tensor wherever the parameter rests.
+        keep: Whether to keep it; of a sharded parameter it would be as large as all shards.
 
     Example:
         >>> buffer = GradientBuffer()
@@ -32,8 +33,10 @@ class GradientBuffer:
         True
     """
 
-    def __init__(self, clear: Callable[[Tensor], object] = Tensor.zero_) -> None:
-        self._clear = clear
+    def __init__(
+        self, clear: Callable[[Tensor], object] = Tensor.zero_, *, keep: bool = True
+    ) -> None:
+        self._clear, self._keep = clear, keep
         self._kept: Tensor | None = None
         self._version = 0
 
@@ -42,7 +45,7 @@ class GradientBuffer:
 
         The caller writes all that trains and calls :meth:`written`.
         """
-        if torch.compiler.is_compiling() or _fresh:
+        if torch.compiler.is_compiling() or _fresh or not self._keep:
             return torch.zeros(shape, dtype=dtype, device=device)
         kept = self._kept
         if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):

@@ -37,14 +37,17 @@ class ClearResting:
         blocks: What trains.
         rows: Rows of the parameter's matrix view.
         columns: Columns of it.
+        keep: Whether to keep the memory of its gradient between steps.
     """
 
-    def __init__(self, name: str, blocks: Sequence[Block], rows: int, columns: int) -> None:
+    def __init__(
+        self, name: str, blocks: Sequence[Block], rows: int, columns: int, *, keep: bool = True
+    ) -> None:
         """Find out what rests."""
         self.name = name
         self.shape = (rows, columns)
         self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
-        self.buffer = GradientBuffer(self._clear)
+        self.buffer = GradientBuffer(self._clear, keep=keep)
         self._clean: tuple[int, int] | None = None
 
     def deliver(self, grad: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_mat.gate.compiled import Place, StaticLayer
@@ -72,6 +72,13 @@ class GatedForward:
         self.before: Forward | None = None
         self.plain: Forward = MethodType(type(module).forward, module)
         self.installed: Forward = self
+
+    def exchange(self, params: Mapping[Tensor, nn.Parameter]) -> None:
+        """Expect other parameters in the place of some that the module held at construction."""
+        self.watched = tuple(
+            (held, name, param if param is None else params.get(param, param))
+            for held, name, param in self.watched
+        )
 
     def install(self, run: Forward | None) -> None:
         """Route the module's forward through ``run``; None where nothing of it rests.

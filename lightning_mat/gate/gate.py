@@ -15,6 +15,7 @@ from lightning_mat.gate.forward import constant, detaching
 from lightning_mat.gate.heads import splitting
 from lightning_mat.gate.rules import Forward, Rest, entry_for
 from lightning_mat.gate.sites import Site, find_sites
+from lightning_mat.shards import leaves_of, sharded_modules
 from lightning_mat.units.core import Partition
 from lightning_mat.units.regions import Block
 from lightning_mat.units.unit import matrix_shape
@@ -89,20 +90,39 @@ class Gate:
         self.part = part
         self.skip = skip
         self.freeze_bn = freeze_bn
-        self._params = dict(model.named_parameters())
+        leaves = leaves_of(model)
+        held = dict(model.named_parameters())
         for name in part.owners:
-            if name not in self._params or self._params[name].shape != part.shapes[name]:
+            if name not in held or held[name].shape != part.shapes[name]:
                 raise ValueError(
                     f"the partition has a parameter {name!r} of shape "
                     f"{tuple(part.shapes[name])}, which this model has not: make the partition of "
                     "the same model"
                 )
         self._sites = find_sites(model, part, units=skip == "units", batch_norms=freeze_bn)
+        # Of sharded parameters those that gradients arrive at; FSDP hands them on.
+        self._params = {name: leaves.get(param, param) for name, param in held.items()}
+        self._sharded = {name: param for name, param in held.items() if param in leaves}
+        for site in self._sites.all():
+            site.gated.exchange(leaves)
         self._hooks: list[tuple[nn.Parameter, RemovableHandle]] = []
         self._in_full: set[str] = set()
+        if self._sharded and skip == "units":
+            self._check_sharded_layers(model)
         if skip == "units":
             for site in self._sites.layers:
                 self._try(site)
+
+    def _check_sharded_layers(self, model: nn.Module) -> None:
+        """Raise where FSDP's hooks would see an output of which only a part has gradients."""
+        sharded = set(sharded_modules(model))
+        for site in self._sites.layers:
+            if site.module in sharded:
+                raise ValueError(
+                    f'skip="units" does not work with fully_shard on a single layer '
+                    f"({site.path!r}): call fully_shard on the block around it, or use "
+                    'skip="weights"'
+                )
 
     def _try(self, site: Site) -> None:
         """Raise early where a rule will not be able to cut what a unit contributes to a module."""
@@ -179,9 +199,13 @@ class Gate:
         blocks, passing = self._blocks(name, flags)
         if sum(block.numel for block in blocks) == rows * columns:
             return None
-        hook = ClearResting(name, blocks, rows, columns) if blocks else DropGradient(name)
-        if not blocks:
+        hook: ClearResting | DropGradient = DropGradient(name)
+        if blocks:
+            hook = ClearResting(name, blocks, rows, columns, keep=name not in self._sharded)
+        else:
             param.grad = None
+            if name in self._sharded:
+                self._sharded[name].grad = None
         if param.requires_grad:
             self._hooks.append((param, watch(param, hook)))
         return Rest(param, blocks, passing, hook if isinstance(hook, ClearResting) else None)

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_mat.optim import pieces
-from lightning_mat.optim.pieces import chunk_of_pool, divide
+from lightning_mat.optim.pieces import View, chunk_of_pool, divide
 from lightning_mat.optim.pool import Pool, Room
-from lightning_mat.optim.slabs import Box, History, Slab, boxes_of, history_of, is_elementwise
+from lightning_mat.optim.slabs import Box, History, Slab, boxes_in, history_of, is_elementwise
+from lightning_mat.shards import is_sharded, local_of
 from lightning_mat.units.unit import Rect, matrix_shape
 
 
 class Cohort:
     """Slabs that are stepped with one step count: large boxes in place, the others in a pool.
+
+    Of a sharded parameter they are the slabs' rows on this rank. One without any is stepped as a
+    piece without elements, so that its step count is the same on all ranks.
 
     Args:
         param: The parameter.
@@ -47,21 +51,25 @@ class Cohort:
         """Divide the boxes, and find the state of the large ones."""
         scalars = dict(history)
         known = {key: value for key, value in state.items() if key in scalars}
-        elementwise = [value for value in known.values() if is_elementwise(value, param.shape)]
-        boxes = boxes_of([rect for i in members for rect in slabs[i].rects], param.shape)
+        elementwise = [
+            local_of(value) for value in known.values() if is_elementwise(value, param.shape)
+        ]
+        boxes = boxes_in(param, [rect for i in members for rect in slabs[i].rects])
+        values = local_of(param).detach()
         self.param = param
         self.members = members
         below = 0 if in_place else pieces.PACK_BELOW
         if fused:
             below = min(below, pieces.FUSED_PACK_BELOW)
-        tensors = [param.detach(), *elementwise]
-        self.pieces, self.boxes = divide(boxes, tensors, below=below, fused=fused)
+        self.pieces, self.boxes = divide(boxes, [values, *elementwise], below=below, fused=fused)
+        if is_sharded(param) and not boxes:
+            self.pieces = [View((slice(0, 0),), values)]
         self.pools: list[Pool] = []
         self._history = history
         for piece in self.pieces:
             for key, value in known.items():
                 if is_elementwise(value, param.shape):
-                    piece.state[key] = value[piece.box]
+                    piece.state[key] = local_of(value)[piece.box]
                 elif isinstance(value, Tensor):
                     piece.state[key] = torch.full_like(value, scalars[key])
                 else:
@@ -83,7 +91,7 @@ class Cohort:
                         state[key] = torch.zeros_like(
                             self.param, dtype=value.dtype, device=value.device
                         )
-                    piece.put(state[key], value)
+                    piece.put(local_of(state[key]), value)
                 elif value is not None:
                     state.setdefault(key, value)
 
@@ -130,7 +138,7 @@ def pools_of(
 
 
 def _numel(parts: Sequence[tuple[Cohort, Sequence[Box]]]) -> int:
-    return sum(cohort.param[box].numel() for cohort, boxes in parts for box in boxes)
+    return sum(local_of(cohort.param)[box].numel() for cohort, boxes in parts for box in boxes)
 
 
 def _in_chunks(cohorts: Sequence[Cohort], chunk: int) -> list[list[tuple[Cohort, list[Box]]]]:
@@ -138,7 +146,7 @@ def _in_chunks(cohorts: Sequence[Cohort], chunk: int) -> list[list[tuple[Cohort,
     chunks: list[list[tuple[Cohort, list[Box]]]] = []
     room = 0
     for cohort in cohorts:
-        values = cohort.param.detach()
+        values = local_of(cohort.param).detach()
         for box in cohort.boxes:
             for part in pieces.cut(box, values, chunk):
                 numel = values[part].numel()
@@ -152,17 +160,19 @@ def _in_chunks(cohorts: Sequence[Cohort], chunk: int) -> list[list[tuple[Cohort,
     return chunks
 
 
-def whole_in_chunks(param: Tensor, state: dict[str, Any]) -> Cohort | None:
+def whole_in_chunks(param: Tensor, state: dict[str, Any], *, fused: bool = False) -> Cohort | None:
     """Return a large parameter that trains whole as a cohort of chunks; None for a smaller one.
 
-    See :func:`~lightning_mat.optim.pieces.chunk_of` for what that saves.
+    See :func:`~lightning_mat.optim.pieces.chunk_of` for what that saves. Sharded parameters are
+    one of any size: optimizers do not step them beside ordinary tensors.
     """
-    if type(param.data) is not Tensor or param.numel() < 2 * pieces.chunk_of(param):
+    small = type(param.data) is not Tensor or param.numel() < 2 * pieces.chunk_of(param)
+    if small and not is_sharded(param):
         return None
     height, width = matrix_shape(param.shape)
     slab = Slab(None, (Rect(0, height, 0, width),))
     return Cohort(
-        param, [slab], [0], history_of(state, param.shape), state, fused=False, in_place=True
+        param, [slab], [0], history_of(state, param.shape), state, fused=fused, in_place=True
     )
 
 

@@ -23,6 +23,7 @@ from torch.optim import (
     Rprop,
 )
 
+from lightning_mat.optim.beside import complete, drop, without_state
 from lightning_mat.optim.moving import begin_anew, map_histories
 from lightning_mat.optim.slabs import History, pack_histories, unpack_histories
 from lightning_mat.optim.slicer import Slicer
@@ -32,6 +33,9 @@ from lightning_mat.units.core import Partition
 _ELEMENTWISE: list[type[Optimizer]] = [
     SGD, Adam, AdamW, Adadelta, Adagrad, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop,
 ]  # fmt: skip
+
+Histories = dict[Tensor, list[History]]
+Anew = dict[Tensor, set[int | None]]
 
 
 class MATOptimizer(Optimizer):
@@ -220,10 +224,38 @@ class MATOptimizer(Optimizer):
         ``waking="keep"``, ``"mat_rested"`` holds for how many steps which units have rested.
         """
         state = self.inner.state_dict()
+        complete(self.inner, state)
+        return {**state, **self._packed()}
+
+    def state_beside(self) -> dict[str, Any]:
+        """Return what sharded checkpoints drop of :meth:`state_dict`; the same on every rank."""
+        self._slicer.settle()
+        return {**self._packed(), "without": without_state(self.inner)}
+
+    def load_state_beside(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_beside`, after the state itself was loaded, or with it.
+
+        Without any state it is kept for the next :meth:`load_state_dict`: Lightning restores
+        callbacks before the optimizers where the model is not sharded.
+
+        Raises:
+            ValueError: As :meth:`load_state_dict`.
+        """
+        if not self.inner.state:
+            self._slicer.beside = dict(state)
+            return
+        histories, anew = self._unpacked(state)
+        drop(self.inner, state["without"])
+        self._slicer.forget()
+        self._take_up(state, histories, anew)
+
+    def _packed(self) -> dict[str, Any]:
         slicer = self._slicer
-        state["mat"] = {
-            slicer.names[param]: pack_histories(slicer.slabs[param], histories)
-            for param, histories in slicer.histories.items()
+        state: dict[str, Any] = {
+            "mat": {
+                slicer.names[param]: pack_histories(slicer.slabs[param], histories)
+                for param, histories in slicer.histories.items()
+            }
         }
         if self.waking != "keep":
             state["mat_rested"] = slicer.rests.state(self.part.names)
@@ -239,12 +271,21 @@ class MATOptimizer(Optimizer):
             ValueError: If the slabs differ from those of the saved run, and are not to be mapped;
                 nothing is loaded then.
         """
+        beside, self._slicer.beside = self._slicer.beside, {}
+        known = state_dict if "mat" in state_dict else beside
+        histories, anew = self._unpacked(known)
+        self.inner.load_state_dict(state_dict)
+        drop(self.inner, known.get("without", ()))
+        self._take_up(known, histories, anew)
+
+    def _unpacked(self, state: Mapping[str, Any]) -> tuple[Histories, Anew]:
+        """Return the histories of slabs in a state, and the units of those that begin anew."""
         slicer = self._slicer
         params = {name: param for param, name in slicer.names.items()}
         maps = self.on_partition_change == "map"
-        histories: dict[Tensor, list[History]] = {}
-        anew: dict[Tensor, set[int | None]] = {}
-        for name, packed in state_dict.get("mat", {}).items():
+        histories: Histories = {}
+        anew: Anew = {}
+        for name, packed in state.get("mat", {}).items():
             param = params.get(name)
             loaded = None if param is None else unpack_histories(slicer.slabs[param], packed)
             if loaded is None and maps:
@@ -259,10 +300,14 @@ class MATOptimizer(Optimizer):
                     'state_dict.pop("mat")'
                 )
             histories[param] = loaded
-        self.inner.load_state_dict(state_dict)
+        return histories, anew
+
+    def _take_up(self, state: Mapping[str, Any], histories: Histories, anew: Anew) -> None:
+        """Go on from some histories; the state of their parameters is there."""
+        slicer = self._slicer
         begin_anew(self.inner, slicer.slabs, histories, anew)
         slicer.histories = histories
-        slicer.rests.load(self.part.names, state_dict.get("mat_rested", {}))
+        slicer.rests.load(self.part.names, state.get("mat_rested", {}))
 
     def unwrap(self) -> Optimizer:
         """Return the inner optimizer as an ordinary one, its state up to date."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_mat.optim.boxes import gather_boxes, runs_of, scatter_boxes
 from lightning_mat.optim.pieces import Piece
 from lightning_mat.optim.slabs import Box, History, history_of, is_elementwise
+from lightning_mat.shards import local_of
 
 ALIGNED = 16  # Elements: gradients begin at a line of the cache, as values do.
 
@@ -66,7 +67,7 @@ class Pool:
         numel = 0
         for index, (param, boxes) in enumerate(parts):
             for box in boxes:
-                for offset, stride, rows, run in runs_of(param.detach(), box):
+                for offset, stride, rows, run in runs_of(local_of(param).detach(), box):
                     table.append((index, offset, stride, rows, run, numel))
                     numel += rows * run
         self._boxes = torch.tensor(table, dtype=torch.int64).view(-1, 6)
@@ -95,7 +96,7 @@ class Pool:
         """Return the tensor to be stepped, with a gradient; :meth:`load` fills both."""
         if self._flat is None:
             numel = self.piece.shape.numel()
-            both = self._room.of(self._grads_at + numel, self.params[0].detach())
+            both = self._room.of(self._grads_at + numel, self._values()[0])
             self._flat = both, both[:numel]
             self._flat[1].grad = both[self._grads_at :]
         return self._flat[1]
@@ -129,7 +130,7 @@ class Pool:
                 fulls = [state[key] for state in states]
                 laid = self._laid_out(fulls, value)
                 scatter_boxes(value, self._boxes, laid)
-                for full, other in zip(fulls, laid, strict=True):
+                for full, other in zip(map(local_of, fulls), laid, strict=True):
                     if full is not other:
                         full.copy_(other)
             elif value is not None:
@@ -140,7 +141,7 @@ class Pool:
     def _state(self, number: float, fulls: Sequence[Any]) -> Any:
         """Return what the parameters have under one key of the state, pooled."""
         if is_elementwise(fulls[0], self.params[0].shape):
-            flat = fulls[0].new_empty(self.piece.shape)
+            flat = local_of(fulls[0]).new_empty(self.piece.shape)
             gather_boxes(self._laid_out(fulls, flat), self._boxes, flat)
             return flat
         return (
@@ -151,16 +152,17 @@ class Pool:
 
     def _values(self) -> list[Tensor]:
         # Each time: a parameter may get new memory. They share its version counter.
-        return [param.detach() for param in self.params]
+        return [local_of(param).detach() for param in self.params]
 
     def _laid_out(self, fulls: Sequence[Tensor | None], flat: Tensor) -> list[Tensor]:
         """Return tensors in the layouts of the parameters and the dtype of a flat one."""
         laid = []
-        for param, full in zip(self.params, fulls, strict=True):
-            if full is None:
+        for param, given in zip(self.params, fulls, strict=True):
+            if given is None:
                 raise RuntimeError("a parameter without a gradient is in a pool")
-            if full.stride() != param.stride() or full.dtype != flat.dtype:
-                own = flat.new_empty_strided(param.shape, param.stride())
+            values, full = local_of(param), local_of(given)
+            if full.stride() != values.stride() or full.dtype != flat.dtype:
+                own = flat.new_empty_strided(values.shape, values.stride())
                 full = own.copy_(full)
             laid.append(full)
         return laid

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_mat.shards import local_of, local_rects
 from lightning_mat.units.core import Partition
 from lightning_mat.units.regions import union
 from lightning_mat.units.unit import Rect
@@ -58,6 +59,11 @@ def boxes_of(rects: Sequence[Rect], shape: torch.Size) -> tuple[Box, ...]:
         else (slice(r.r0, r.r1),)
         for r in merged
     )
+
+
+def boxes_in(param: Tensor, rects: Sequence[Rect]) -> tuple[Box, ...]:
+    """Return indices into what this rank holds of a parameter that cover some rectangles of it."""
+    return boxes_of(local_rects(param, rects), local_of(param).shape)
 
 
 def is_elementwise(value: object, shape: torch.Size) -> bool:

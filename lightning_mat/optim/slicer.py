@@ -18,6 +18,7 @@ from lightning_mat.optim.plan import GroupPlan
 from lightning_mat.optim.pool import Pool
 from lightning_mat.optim.slabs import History, Slab, history_of, latest, slabs_of
 from lightning_mat.optim.waking import Rests, change_of, steps_like, wake
+from lightning_mat.shards import is_sharded, local_of
 from lightning_mat.units.core import Partition
 
 
@@ -54,6 +55,8 @@ class Slicer:
         # Only for parameters whose slabs differ; the others' slabs all follow inner.state.
         self.histories: dict[Tensor, list[History]] = {}
         self.rests = Rests()
+        # Step counts that wait for the state that they belong to.
+        self.beside: dict[str, Any] = {}
         self._plan: list[GroupPlan] | None = None
         self._sizes: list[int] = []
         self._vanilla = True
@@ -94,7 +97,7 @@ class Slicer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and hook into the restored optimizer."""
-        self.__dict__.update(state, _plan=None, _shown=None)
+        self.__dict__.update(state, beside={}, _plan=None, _shown=None)
         self.__dict__.update({key: [] for key in ("_sizes", "_groups", "_stepping", "_loaded")})
         self._attach()
 
@@ -163,7 +166,7 @@ class Slicer:
             self.histories.pop(param, None)
             return {rates[0]: None}
         self.histories[param] = histories
-        if type(param.data) is not Tensor:
+        if type(param.data) is not Tensor and not is_sharded(param):
             raise TypeError(
                 f"parameter {self.names[param]!r} is a {type(param.data).__name__}, of which no "
                 "slab can be stepped on its own: let its units own whole parameters"
@@ -194,13 +197,16 @@ class Slicer:
         return list(plans.values())
 
     def _cut_whole(self, group: dict[str, Any], plan: GroupPlan) -> None:
-        """Step large parameters that train whole in chunks; see :func:`chunk_of`."""
+        """Step large and sharded parameters that train whole in chunks; see :func:`chunk_of`."""
         adam = steps_like(self.inner, Adam) or steps_like(self.inner, AdamW)
-        if group.get("fused") or not adam:  # others may get sparse gradients
-            return
+        fused = bool(group.get("fused"))
+        cuts = adam and not fused  # others may get sparse gradients
         whole, plan.whole = plan.whole, []
         for param in whole:
-            cohort = whole_in_chunks(param, self.inner.state.get(param, {}))
+            cohort = None
+            if cuts or is_sharded(param):
+                state = self.inner.state.get(param, {})
+                cohort = whole_in_chunks(param, state, fused=fused)
             if cohort is None:
                 plan.whole.append(param)
                 continue
@@ -308,7 +314,7 @@ class Slicer:
                 "stepped on its own: use a dense gradient (Embedding(sparse=False)), or let its "
                 "units own whole parameters"
             )
-        values = param.detach()  # shares memory and version counter
+        values, grad = local_of(param).detach(), local_of(grad)  # share memory and version counter
         views = [piece for cohort in cohorts for piece in cohort.pieces]
         return self._enter(param, views, [view.with_gradient(values, grad) for view in views])
 
@@ -354,7 +360,7 @@ class Slicer:
         for param, piece, tensor, was_empty in self._stepping:
             piece.state = self.inner.state.pop(tensor)
             if isinstance(piece, View) and param is not None:
-                piece.put(param, tensor)
+                piece.put(local_of(param), tensor)
             stateful |= was_empty and bool(piece.state)
         for pool in self._loaded:
             pool.unload()

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from lightning_mat.optim.slabs import Box, History, Slab, boxes_of, is_elementwise
+from lightning_mat.optim.slabs import Box, History, Slab, boxes_in, is_elementwise
+from lightning_mat.shards import local_of
 
 WAKING = ("keep", "reset", "decay")
 
@@ -113,7 +114,7 @@ def wake(
             alike.setdefault((histories[index], rested[slab.unit]), []).append(index)
     for (history, steps), members in alike.items():
         change = change_of_slab(dict(history).get("step", 0.0), steps)
-        boxes = boxes_of([rect for i in members for rect in slabs[i].rects], param.shape)
+        boxes = boxes_in(param, [rect for i in members for rect in slabs[i].rects])
         after = _change_boxes(param, state, boxes, history, change)
         for index in members:
             histories[index] = after
@@ -149,7 +150,7 @@ def _change_boxes(
         a, b = (0.0, 0.0) if change.forget else change.affine.get(key, (1.0, 0.0))
         if is_elementwise(value, param.shape) and (a, b) != (1.0, 0.0):
             for box in boxes:
-                value[box].mul_(a).add_(b)
+                local_of(value)[box].mul_(a).add_(b)
     if change.forget:
         return ()
     if change.step is None:

@@ -13,6 +13,7 @@ from lightning_mat.mntk.probe import Probe
 from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.parallel.ranks import Ranks
 from lightning_mat.parallel.shares import share_out
+from lightning_mat.parallel.whole import Whole
 from lightning_mat.units.core import Partition
 
 
@@ -26,6 +27,9 @@ class SharedProbe:
     Who measures what follows from the partition and the number of ranks, from the second probe on
     also from the costs that the first one counted, which are part of :meth:`state_dict`: so a
     resumed run shares out as the one that was stopped.
+
+    Every rank has the whole of a model that ``fully_shard`` cut while it is measured, see
+    :class:`~lightning_mat.parallel.whole.Whole`.
 
     Args:
         model: This rank's copy, not what DDP wraps around it.
@@ -43,6 +47,7 @@ class SharedProbe:
     def __init__(self, model: nn.Module, part: Partition, ranks: Ranks, **settings: Any) -> None:
         Probe(model, part, **settings)  # what is wrong, all find at once
         self.model, self.part, self.ranks = model, part, ranks
+        self._whole = Whole(model, ranks)
         self.step_samples: int | None = settings.pop("step_samples", None)
         self._settings = settings
         self._cost: Tensor | None = None
@@ -55,7 +60,11 @@ class SharedProbe:
             ValueError: As ``Probe``, on the rank that measures.
             RuntimeError: Likewise, and where another rank failed.
         """
-        with self.ranks.same_buffers(self.model), self.ranks.together("the probe"):
+        with (
+            self.ranks.same_buffers(self.model),
+            self._whole.there(),
+            self.ranks.together("the probe"),
+        ):
             units, probe = self._own()
             own = None
             if probe is not None:
@@ -75,7 +84,11 @@ class SharedProbe:
             ValueError: As ``Probe``, on the rank that would measure.
             RuntimeError: On the others.
         """
-        with self.ranks.same_buffers(self.model), self.ranks.together("preparing the probe"):
+        with (
+            self.ranks.same_buffers(self.model),
+            self._whole.there(),
+            self.ranks.together("preparing the probe"),
+        ):
             _, probe = self._own()
             if probe is not None:
                 probe.prepare(batch)

@@ -18,8 +18,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 
 _INSTEAD = 'use strategy="ddp_mat", or strategy="ddp"'
 _REFUSED: tuple[tuple[type[Strategy], str], ...] = (
-    (FSDPStrategy, "FSDP shards parameters, of which units own slices"),
-    (ModelParallelStrategy, "ModelParallelStrategy shards parameters, of which units own slices"),
+    (
+        FSDPStrategy,
+        "it flattens the parameters of a module into one, of which units own slices; "
+        "ModelParallelStrategy with fully_shard on each block shards them one by one",
+    ),
     (
         DeepSpeedStrategy,
         "DeepSpeed takes gradients and optimizer into its own hands, where no part of a parameter "
@@ -48,9 +51,17 @@ def check_strategy(trainer: pl.Trainer) -> None:
                 "MATCallback does not work with post-local SGD: between two averagings every "
                 f"process trains a model of its own, and none is measured for all. {_INSTEAD}"
             )
+    elif isinstance(strategy, ModelParallelStrategy):
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "MATCallback does not work with tensor parallelism, where no process has all rows "
+                "of a parameter in its forward pass: use ModelParallelStrategy("
+                f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1) with "
+                'fully_shard on each block, or strategy="ddp_mat"'
+            )
     elif trainer.world_size > 1:
         raise ValueError(
-            f"MATCallback runs in several processes with DDP only, this run has "
+            f"MATCallback runs in several processes with DDP and FSDP2 only, this run has "
             f"{trainer.world_size} with {type(strategy).__name__}: {_INSTEAD}"
         )
     for name, module in trainer.lightning_module.named_modules():

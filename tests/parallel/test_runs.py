@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -55,11 +56,17 @@ def bare(kind: type[Strategy]) -> Any:
     return object.__new__(concrete)
 
 
+def with_mesh(strategy: Any, size: int) -> Any:
+    """Return a strategy with a mesh in which so many processes hold a parameter together."""
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: size)}
+    return strategy
+
+
 @pytest.mark.parametrize(
     ("plan", "match"),
     [
-        (Plan(bare(FSDPStrategy)), "FSDP shards parameters"),
-        (Plan(bare(ModelParallelStrategy)), "ModelParallelStrategy shards"),
+        (Plan(bare(FSDPStrategy)), "it flattens the parameters"),
+        (Plan(with_mesh(bare(ModelParallelStrategy), 2), size=4), "with tensor parallelism"),
         (Plan(bare(DeepSpeedStrategy)), "DeepSpeed takes gradients"),
         (Plan(DDPStrategy(static_graph=True)), "static_graph=True"),
         (
@@ -67,7 +74,7 @@ def bare(kind: type[Strategy]) -> Any:
             "post-local SGD",
         ),
         (Plan(bare(XLAStrategy)), "XLA traces the step once"),
-        (Plan(bare(Other), size=2), "with DDP only, this run has 2 with Other"),
+        (Plan(bare(Other), size=2), "with DDP and FSDP2 only, this run has 2 with Other"),
         (
             Plan(DDPStrategy(), nn.Sequential(nn.DataParallel(nn.Linear(1, 1)))),
             "module '0' is an nn.DataParallel",
