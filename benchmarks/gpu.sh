@@ -9,7 +9,7 @@
 # Needs an NVIDIA GPU, CUDA's compiler and a Python that has torch; no network. From the environment:
 #   OUT      folder of logs and results (benchmarks/results)
 #   PYTHON   interpreter (python3)
-#   DATA     folder of the data sets, for tables (downloaded without it)
+#   DATA     folder of the data sets, for tables: text needs it, images are downloaded without it
 #   WORK     folder of unfinished runs, for tables (runs/bench)
 #   COMMIT   what to record where the sources come without their history
 #   LIMIT    seconds in all (530)
