@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mat.engine import MAT
 from lightning_mat.parallel.hooks import Reduction, reduce_bucket
 from lightning_mat.parallel.refusals import check_static_graph
+
+if TYPE_CHECKING:
+    from lightning_mat.engine import MAT
 
 NAME = "ddp_mat"
 
