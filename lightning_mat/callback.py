@@ -199,7 +199,6 @@ class MATCallback(Callback):
         self._ready: Ready | None = None
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
-        self._flops_of: dict[bytes, float] = {}
         own = getattr(self.policy, "every_n_steps", None)
         self._steps_alone = own is not None and not self.policy.needs_spectra
         self._step_before = 0
@@ -235,7 +234,7 @@ class MATCallback(Callback):
         """Check that this run can be trained with MAT, and begin anew."""
         if stage != "fit":
             return
-        self._ledger, self._flops_of, self._restored = Ledger(), {}, None
+        self._ledger, self._restored = Ledger(remember=self._steps_alone), None
         self._undecided = None
         self.schedule.begin()
         if self.mat is not None:
@@ -336,9 +335,8 @@ class MATCallback(Callback):
         mat = self._mat()
         samples = samples_of(batch)
         share = float(mat.active.double().mean())
-        if self._ledger.end(samples, share):
+        if self._ledger.end(samples, mat.active):
             per_sample = self._ledger.flops_per_sample
-            self._flops_of[_key(mat.active)] = per_sample
             if share == 1 or mat.full_cost == 0:
                 mat.full_cost = per_sample + float(mat.table().cost[~mat.active].sum())
             counted = {
@@ -390,8 +388,6 @@ class MATCallback(Callback):
             "mat": self.mat.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
-            # Of policies that decide in every step, which come back to a few decisions.
-            "flops": {k.hex(): v for k, v in self._flops_of.items()} if self._steps_alone else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -403,8 +399,6 @@ class MATCallback(Callback):
         # Earlier checkpoints have the schedule's entries at the top.
         self.schedule.load_state_dict(state_dict.get("schedule", state_dict))
         self._ledger.load_state_dict(state_dict["ledger"])
-        counted = state_dict.get("flops", {})
-        self._flops_of = {bytes.fromhex(key): float(value) for key, value in counted.items()}
 
     def summary(self) -> dict[str, float | int]:
         """Return what the run has cost so far.
@@ -459,7 +453,7 @@ class MATCallback(Callback):
         if mat.skipped > skipped:
             return
         if not torch.equal(before.active, decision.active):
-            self._recount()
+            self._ledger.switch(mat.active)
         if self._steps_alone and mat.episode > 1:
             return  # the first of such episodes is logged, or there would be a row per step
         seconds = mat.probe_seconds - spent
@@ -484,14 +478,6 @@ class MATCallback(Callback):
         batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch)
 
-    def _recount(self) -> None:
-        """Count the next batch, unless a policy of single steps comes back to what was counted."""
-        known = self._flops_of.get(_key(self._mat().active))
-        if known is not None and self._steps_alone:
-            self._ledger.flops_per_sample = known
-        else:
-            self._ledger.recount()
-
     def _close(self, trainer: pl.Trainer) -> None:
         self._ledger.close()
         if self._ready is not None:
@@ -501,8 +487,3 @@ class MATCallback(Callback):
             trainer.strategy.follow(None)
         if self.mat is not None:
             self.mat.close()
-
-
-def _key(active: Tensor) -> bytes:
-    """Return what tells units that train from others."""
-    return active.numpy().tobytes()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from lightning_mat import flops
 
 _SUMS = ("flops", "seconds", "shares", "batches")
@@ -16,23 +18,32 @@ class Ledger:
     """Adds up FLOPs, seconds and the share of units trained, batch by batch.
 
     Counting operations slows a batch down, and a batch of the same episode costs the same per
-    sample: only the first batch after :meth:`recount` is counted.
+    sample: only the first batch after :meth:`switch` is counted.
+
+    Args:
+        remember: Whether a decision that was counted once is not counted again, for policies that
+            decide in every step and come back to a few decisions.
 
     Attributes:
-        flops_per_sample: Of the batch counted last.
+        flops_per_sample: Of a batch with the decision that holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, remember: bool = False) -> None:
         self.flops_per_sample = 0.0
+        self._remember = remember
+        self._known: dict[str, float] = {}
         self._sums = dict.fromkeys(_SUMS, 0.0)
         self._due = True
         self._counting = ExitStack()
         self._counter: flops.FlopCount | None = None
         self._start = 0.0
 
-    def recount(self) -> None:
-        """Count the next batch."""
-        self._due = True
+    def switch(self, active: Tensor) -> None:
+        """Count the next batch, in which other units train, unless its cost is remembered."""
+        known = self._known.get(_key(active))
+        self._due = known is None
+        if known is not None:
+            self.flops_per_sample = known
 
     def begin(self) -> None:
         """Note the beginning of a batch."""
@@ -40,8 +51,12 @@ class Ledger:
             self._counter = self._counting.enter_context(flops.count())
         self._start = time.perf_counter()
 
-    def end(self, samples: int, share: float) -> bool:
-        """Note the end of a batch of some samples, with a share of the units trained.
+    def end(self, samples: int, active: Tensor) -> bool:
+        """Note the end of a batch.
+
+        Args:
+            samples: Of the batch.
+            active: Which units trained, bool, shape ``[L]``.
 
         Returns:
             Whether this batch was counted.
@@ -52,6 +67,9 @@ class Ledger:
             self._counting.close()
             self.flops_per_sample = counter.total / samples
             self._due = False
+            if self._remember:
+                self._known[_key(active)] = self.flops_per_sample
+        share = float(active.double().mean())
         batch = (self.flops_per_sample * samples, seconds, share, 1.0)
         for name, value in zip(_SUMS, batch, strict=True):
             self._sums[name] += value
@@ -81,7 +99,7 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and what was counted last, plain numbers."""
         counted = None if self._due else self.flops_per_sample
-        return {**self._sums, "flops_per_sample": counted}
+        return {**self._sums, "flops_per_sample": counted, "known": dict(self._known)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from saved sums, and without counting again what was counted."""
@@ -89,3 +107,9 @@ class Ledger:
         counted = state.get("flops_per_sample")
         self._due = counted is None
         self.flops_per_sample = 0.0 if counted is None else float(counted)
+        self._known = {key: float(value) for key, value in state.get("known", {}).items()}
+
+
+def _key(active: Tensor) -> str:
+    """Return what tells units that train from others."""
+    return active.numpy().tobytes().hex()
