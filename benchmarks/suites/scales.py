@@ -39,32 +39,32 @@ def _pretrained(layers: int) -> dict[str, Any]:
 
 # ---- cpu -------------------------------------------------------------------------------------
 
-_CPU_TEXT = _text(64, None, valid_size=128, test_size=512)
+_CPU_TEXT = _text(64, None, valid_size=128, test_size=384)
 _CPU_BERT = Task(
     name="minilm-4",
     model="bert",
     size=_pretrained(4),
     data=_CPU_TEXT,
-    steps=240,
+    steps=200,
     batch_size=8,
     units="heads+ffn",
-    first=40,
-    every=67,
+    first=35,
+    every=55,
     n_samples=8,
-    points=10,
+    points=8,
 )
 _CPU_SWITCH = Task(
     name="minilm-2",
     model="switch",
     size=_pretrained(2),
     data=_CPU_TEXT,
-    steps=240,
+    steps=200,
     batch_size=8,
     units="heads+experts",
-    first=40,
-    every=67,
+    first=35,
+    every=55,
     n_samples=8,
-    points=10,
+    points=8,
 )
 _CPU_VGG = Task(
     name="width-16",
@@ -83,11 +83,11 @@ _CPU_REVIEWS = Task(
     model="sentiment",
     size={"lr": 5e-5},
     data={"seq_len": 64, "train_size": 4000, "valid_size": 320, "test_size": 640},
-    steps=160,
+    steps=128,
     batch_size=16,
     units="heads+ffn",
     first=16,
-    every=48,
+    every=38,
     n_samples=8,
     points=6,
 )
@@ -241,13 +241,13 @@ TASKS: dict[str, dict[str, list[Task]]] = {
         "bert": [_CPU_BERT],
         "switch": [_CPU_SWITCH],
         "vgg": [_CPU_VGG],
-        "pareto": [replace(_CPU_BERT, steps=200, every=80)],
+        "pareto": [replace(_CPU_BERT, steps=160, every=63, n_samples=6)],
         "finetune": [_CPU_REVIEWS],
         "optimizers": _both_optimizers(_CPU_BERT),
         # From random weights: what is saved is measured here, not what is learned.
         "sizes": _sizes(
             replace(_CPU_BERT, name="", size=_bert("mini", 64)),
-            {"mini": 160, "small": 100, "medium": 80},
+            {"mini": 120, "small": 80, "medium": 60},
             probes=1,
         ),
         "overhead": [_short(_CPU_BERT, 30), _short(_CPU_VGG, 30)],
