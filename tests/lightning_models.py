@@ -56,9 +56,10 @@ class Points(Dataset[tuple[Tensor, Tensor]]):
         return self.x[index], self.y[index]
 
 
-def data(samples: int = 96, batch_size: int = 16) -> DataLoader[Any]:
+def data(samples: int = 96, batch_size: int = 16, ranks: int = 1, rank: int = 0) -> DataLoader[Any]:
     """Return points in an order that depends on the epoch alone, also within a resumed epoch."""
-    return ResumableLoader(Points(samples), batch_size, sampler=EpochSampler(samples))
+    sampler = EpochSampler(samples, ranks=ranks, rank=rank)
+    return ResumableLoader(Points(samples), batch_size // ranks, sampler=sampler)
 
 
 def model(**options: Any) -> Small:

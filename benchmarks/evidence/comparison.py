@@ -29,7 +29,7 @@ def tables(lines: Sequence[Line]) -> str:
     """Return what every method reached and cost, and who beats whom, per task."""
     parts = []
     for facts in sorted_facts(lines):
-        parts += [f"#### {facts.title}, `--scale {facts.scale}`, {facts.device}", sizes(facts)]
+        parts += [f"#### {facts.place}", sizes(facts)]
         parts += [results(facts), target(facts)]
         if facts.task["model"] == "vgg":
             parts.append(train_accuracy(facts))

@@ -55,6 +55,12 @@ class Facts:
         names = {"bert": "BERT", "switch": "Switch", "vgg": "VGG16", "sentiment": "sentiment"}
         return f"{names[self.task['model']]} {self.task['name']}"
 
+    @property
+    def place(self) -> str:
+        """The task, and where it ran."""
+        device = "" if self.device == self.scale else f" on {self.device}"
+        return f"{self.title} at `{self.scale}`{device}"
+
     def values(self, method: str, value: Value) -> dict[int, float | None]:
         """Return a value of each seed's run of a method."""
         return {seed: value(line) for seed, line in self.lines.get(method, {}).items()}

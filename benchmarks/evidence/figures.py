@@ -79,7 +79,7 @@ def curves(facts: Facts) -> Figure:
         ax.set_xlabel(label)
         ax.set_ylabel(f"validation {facts.metric}")
     right.legend(fontsize="small")
-    figure.suptitle(f"{facts.title}, {facts.scale}, {facts.device}: every seed a line")
+    figure.suptitle(f"{facts.place}: every seed a line")
     return figure
 
 

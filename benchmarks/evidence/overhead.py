@@ -38,7 +38,7 @@ def table(lines: Sequence[Line]) -> str:
         )
         rows.append(
             [
-                f"{facts.title}, {facts.scale}, {facts.device}",
+                facts.place,
                 str(len(own)),
                 plain(plain_ms, 1),
                 plain(step_ratio(own, "active"), 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.evidence import causes
 from benchmarks.evidence.sentences import sentences
 from benchmarks.evidence.words import listed
 from benchmarks.suites.registry import SUITES
@@ -60,7 +61,8 @@ def text(
     """
     if not results:
         return f"# Benchmarks\n\n{NOTHING}\n"
-    parts = ["# Benchmarks", *sentences(results), "## How to read this", READING, MACHINES]
+    parts = ["# Benchmarks", *sentences(results), causes.section(results)]
+    parts += ["## How to read this", READING, MACHINES]
     parts += ["## Where it was measured", machines(results)]
     for name, lines in results.items():
         suite = SUITES[name]

@@ -37,7 +37,7 @@ def tables(lines: Sequence[Line]) -> str:
     """Return one table per task and share."""
     parts = []
     for facts in sorted_facts(lines):
-        parts += [f"#### {facts.title}, `--scale {facts.scale}`, {facts.device}", sizes(facts)]
+        parts += [f"#### {facts.place}", sizes(facts)]
         full = facts.mean("full", facts.result)
         parts.append(f"`full`: test {facts.metric} {plain(full, 4)}, {full.n} seeds.")
         for share, methods in shares(facts).items():

@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from benchmarks.evidence.facts import NO_DIFFERENCE, Facts, sorted_facts
 from benchmarks.evidence.overhead import step_ratio
 from benchmarks.evidence.pareto import ranked, shares
-from benchmarks.evidence.words import interval, listed, percent, plain, signed
+from benchmarks.evidence.words import listed, percent
 from benchmarks.suites.results import Line
-from benchmarks.suites.stats import Estimate
 
 #: Suites whose tables answer the first two sentences.
 _COMPARED = ("bert", "switch", "vgg", "finetune")
-#: Who trains how much by λ_max, and the rivals at the same cost or share of units.
+#: Who trains how much by λ_max, and the pairs of it and its rivals, in words.
 _OURS = ("mat", "mat-units")
-_RIVALS = {"mat": ("short", "random", "matched"), "mat-units": ("short-units", "random-units")}
+_RIVALS = {
+    (("mat", "short"), ("mat-units", "short-units")): "plain training cut to its FLOPs",
+    (("mat", "random"), ("mat-units", "random-units")): "half of the units, drawn at random",
+    (("mat", "matched"),): "as many random units of each layer",
+}
 
 
 def sentences(results: Mapping[str, Sequence[Line]]) -> list[str]:
@@ -37,102 +40,93 @@ def sentences(results: Mapping[str, Sequence[Line]]) -> list[str]:
 
 def gain(compared: Sequence[Facts]) -> str:
     """Say what MAT cost and reached beside plain training."""
-    found = []
-    for facts in compared:
-        for method in (m for m in _OURS if m in facts.lines):
-            difference = facts.versus(method, "full")
-            if not difference.n:
-                continue
-            seconds = facts.ratio(method, "full", lambda line: line["seconds"]).mean
-            flops = facts.ratio(method, "full", lambda line: line["flops"]).mean
-            found.append(
-                f"{where(facts)}, `{method}` took {percent(seconds)} of the seconds and "
-                f"{percent(flops)} of the counted FLOPs, {said(facts, method, difference)}"
-            )
-    if not found:
+    pairs = [(f, m) for f in compared for m in _OURS if f.versus(m, "full").n]
+    if not pairs:
         return "What MAT gains over plain training has not been measured yet."
-    return f"Beside plain training of as many steps: {'; '.join(found)}."
+    costs = {
+        cost: [f.ratio(m, "full", lambda line, cost=cost: line[cost]).mean for f, m in pairs]
+        for cost in ("seconds", "flops")
+    }
+    places = listed(list(dict.fromkeys(f.place for f, _ in pairs)))
+    return (
+        f"MAT with the paper's thresholds took {span(costs['seconds'])} of the seconds and "
+        f"{span(costs['flops'])} of the counted FLOPs of plain training of as many steps, and its "
+        f"test result was {tally([f.says(m, 'full') for f, m in pairs])} ({places}; with both "
+        "ways of skipping)."
+    )
 
 
 def rivals(compared: Sequence[Facts]) -> str:
     """Say whether MAT beats fewer steps, and random units."""
-    words = {
-        "better": "MAT's test result was better",
-        "worse": "it was worse",
-        NO_DIFFERENCE: "the 95% interval covers zero, no difference was seen",
-        "one seed: no interval": "one seed shows nothing",
-        "no pair": "no pair was finished",
-        "": "one of the two rested nothing or left out no step, which compares nothing,",
-    }
-    groups: dict[str, list[str]] = {}
-    for facts in compared:
-        for method, bases in _RIVALS.items():
-            for base in bases:
-                difference = facts.versus(method, base)
-                if difference.n:
-                    pair = f"`{method}` beside `{base}` ({where(facts)})"
-                    says = facts.says(method, base)
-                    groups.setdefault(says if says in words else "", []).append(pair)
-    if not groups:
+    parts = []
+    for base, words in _RIVALS.items():
+        verdicts = [
+            f.says(ours, rival) for f in compared for ours, rival in base if f.versus(ours, rival).n
+        ]
+        if verdicts:
+            parts.append(f"beside {words} it was {tally(verdicts)}")
+    if not parts:
         return "Whether MAT beats fewer steps or random units has not been measured yet."
-    parts = [f"{words[v]} for {listed(groups[v])}" for v in words if v in groups]
-    if "better" not in groups:
-        parts.insert(0, "MAT's test result was better than none of its rivals'")
-    return f"Against its rivals: {'; '.join(parts)}."
+    return f"Its rivals cost less to build: {'; '.join(parts)}."
 
 
 def same_cost(found: Sequence[Facts]) -> str:
-    """Say who was best at the same share of units, and whether that is more than chance."""
+    """Say which ranking of the units beats chance and fewer steps at the same share."""
     parts = []
     for facts in found:
         for share, methods in shares(facts).items():
-            first = ranked(facts, methods)[0]
-            rival = [b for b in ("random", "short") if f"{b}-{share}" not in (first,)]
-            beside = [f"{facts.says(first, f'{b}-{share}')} beside `{b}-{share}`" for b in rival]
-            flops = facts.ratio(first, "full", lambda line: line["flops"]).mean
+            random, short = f"random-{share}", f"short-{share}"
+            ours = [m for m in methods if m.startswith("top-") and "weights" not in m]
+            flops = facts.ratio(random, "full", lambda line: line["flops"]).mean
+            best = ranked(facts, ours)[0]
+            counts = [
+                f"{sum(facts.says(m, base) == 'better' for m in ours)} beat {words}"
+                for base, words in ((random, "random units"), (short, "as few steps"))
+            ]
+            paper = f"top-lambda_max-sum_logits-{share}"
             parts.append(
-                f"with {share} of the units `{first}` had the best mean ({percent(flops)} of the "
-                f"FLOPs; {listed(beside)}; {where(facts)})"
+                f"with {share} of the units ({percent(flops)} of the FLOPs) {listed(counts)}, the "
+                f"paper's (`{paper}`) was {_told(facts, paper, random)}, and the best mean, "
+                f"`{best}`, was {_told(facts, best, random)} ({facts.place})"
             )
     if not parts:
-        return "Which criterion is best at the same cost has not been measured yet."
-    return (
-        f"Of all criteria, random units and fewer steps, {'; '.join(parts)}; the best of many "
-        "means flatters itself, so only what is called better is one."
-    )
+        return "Which ranking is best at the same cost has not been measured yet."
+    return f"Of the rankings of the units that were tried, {'; '.join(parts)}."
+
+
+def _told(facts: Facts, method: str, base: str) -> str:
+    says = facts.says(method, base)
+    return f"no different from `{base}`" if says == NO_DIFFERENCE else f"{says} beside `{base}`"
 
 
 def stability(found: Sequence[Facts]) -> str:
     """Say how stable the ranking by λ_max is."""
-    parts = []
+    apart: dict[str, list[float]] = {}
+    across: list[float] = []
     for facts in found:
-        runs = list(facts.lines["full"].values())
-        points = [point for run in runs for point in run["ranking"]]
+        points = [p for run in facts.lines["full"].values() for p in run["ranking"]]
         by_size: dict[str, list[float]] = {}
         for point in points:
             for size, kinds in point["samples"]["sum_logits"].items():
                 by_size.setdefault(size, []).extend(v for v in kinds.values() if v is not None)
-        across = [
+        for size, values in by_size.items():
+            if values:
+                apart.setdefault(size, []).append(statistics.median(values))
+        values = [
             value
             for point in points
             for value in point["outputs"]["sum_logits vs loss"].values()
             if value is not None
         ]
-        texts = [
-            f"{statistics.median(values):.2f} with {size} samples"
-            for size, values in by_size.items()
-            if values
-        ]
-        if texts and across:
-            parts.append(
-                f"{where(facts)} {listed(texts)}, and {statistics.median(across):.2f} between the "
-                "sum of the logits and the loss"
-            )
-    if not parts:
+        across += [statistics.median(values)] if values else []
+    if not apart or not across:
         return "How stable the ranking by λ_max is has not been measured yet."
+    sizes = [f"{number_span(values)} with {size} samples" for size, values in apart.items()]
     return (
-        "The median Spearman correlation of λ_max between probes of different samples is "
-        f"{'; '.join(parts)}."
+        "A likely cause: λ_max ranks the units alike in probes of different samples (Spearman's "
+        f"correlation, medians of {len(across)} models: {listed(sizes)}), but the sum of the "
+        "logits, which the paper measures, and the loss, which is trained, do not always rank "
+        f"alike ({number_span(across)})."
     )
 
 
@@ -150,32 +144,58 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
     if not means:
         return "What the probes cost has not been measured yet."
     most = max(means, key=lambda suite: means[suite])
-    within = [suite for suite, value in means.items() if value <= 0.015]
     text = (
-        f"Probes took {percent(min(means.values()), 1)} to {percent(means[most], 1)} of a run's "
-        f"seconds in the mean of a suite, most in `{most}`, and at most 1.5% in {len(within)} of "
-        f"{len(means)} suites"
+        f"Probes took {span(list(means.values()), 1)} of a run's seconds in the mean of a suite, "
+        f"most in `{most}`"
     )
     steps = [
-        f"{plain(step_ratio(list(f.lines['interleaved'].values()), 'active'), 3)} ({where(f)})"
+        step_ratio(list(f.lines["interleaved"].values()), "active").mean
         for f in sorted_facts(results.get("overhead", ()))
     ]
     if steps:
-        text += f"; a step under the callback with everything active took {listed(steps)} of plain "
-        text += "Lightning's"
+        text += (
+            f", and a step under the callback with everything active took {number_span(steps)} of "
+            "plain Lightning's"
+        )
     return f"{text}."
 
 
-def where(facts: Facts) -> str:
-    """Return the task, scale and device in brackets' words."""
-    return f"{facts.title} at `{facts.scale}` on {facts.device}"
+def tally(verdicts: Sequence[str]) -> str:
+    """Return how many comparisons say what, in words.
 
-
-def said(facts: Facts, method: str, difference: Estimate) -> str:
-    """Return what a method's difference to ``full`` in the test result says, with its interval."""
-    verdict = facts.says(method, "full")
-    return (
-        f"test {facts.metric} {signed(difference, 3)}, {interval(difference, 3)} ({verdict})"
-        if difference.n > 1
-        else f"test {facts.metric} {signed(difference, 3)} ({verdict})"
+    Example:
+        >>> tally(["better", "worse", "no difference seen", "worse"])
+        'better in 1, worse in 2 of 4 comparisons; no difference was seen in 1'
+    """
+    compared = [v for v in verdicts if v in ("better", "worse", NO_DIFFERENCE)]
+    counts = {v: compared.count(v) for v in ("better", "worse", NO_DIFFERENCE)}
+    text = (
+        f"better in {counts['better']}, worse in {counts['worse']} of {len(compared)} "
+        f"comparison{'s' if len(compared) != 1 else ''}"
     )
+    if counts[NO_DIFFERENCE]:
+        text += f"; no difference was seen in {counts[NO_DIFFERENCE]}"
+    if left := len(verdicts) - len(compared):
+        text += f"; {left} compared nothing"
+    return text
+
+
+def span(values: Sequence[float], digits: int = 0) -> str:
+    """Return the least and the largest share, in percent.
+
+    Example:
+        >>> span([0.9, 0.5]), span([0.5])
+        ('50% to 90%', '50%')
+    """
+    texts = [percent(value, digits) for value in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(texts))
+
+
+def number_span(values: Sequence[float]) -> str:
+    """Return the least and the largest number.
+
+    Example:
+        >>> number_span([0.85, 0.991])
+        '0.85 to 0.99'
+    """
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))

@@ -19,7 +19,7 @@ def table(lines: Sequence[Line]) -> str:
         seconds = facts.ratio("mat", "full", lambda line: line["seconds"])
         rows.append(
             [
-                f"{facts.title}, {facts.scale}, {facts.device}",
+                facts.place,
                 f"{facts.task['steps']}",
                 counted(facts.mean("full", lambda line: line["flops"])),
                 counted(facts.mean("mat", lambda line: line["flops"])),

@@ -52,7 +52,7 @@ def between_outputs(found: Sequence[Facts]) -> str:
 
 
 def _name(facts: Facts, kind: str) -> list[str]:
-    return [f"{facts.title}, {facts.scale}, {facts.device}", kind]
+    return [facts.place, kind]
 
 
 def _step(facts: Facts, point: dict[str, object]) -> str:

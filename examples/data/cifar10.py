@@ -7,15 +7,15 @@ from copy import copy
 from functools import lru_cache
 from pathlib import Path
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from examples.data.cifar10_files import Split, read
-from examples.data.loader import ResumableLoader, as_fetched, ordered_batches, training_batches
+from examples.data.loader import as_fetched
 from examples.data.seeds import AUGMENTATION, mixed
+from examples.data.splits import ThreeSplits
 from examples.data.subset import check_size, draw_stratified
 
 #: Mean and standard deviation of the training images' red, green and blue, over 255.
@@ -122,7 +122,7 @@ def augmented(images: Tensor, row: Tensor, column: Tensor, mirror: Tensor) -> Te
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-class Cifar10(L.LightningDataModule):
+class Cifar10(ThreeSplits):
     """CIFAR-10's training, validation and test images; a batch is (images, labels).
 
     Validation has the last images of the official training split, training is drawn from the
@@ -146,6 +146,7 @@ class Cifar10(L.LightningDataModule):
 
     name = "cifar-10"
     classes = 10
+    collate = staticmethod(as_fetched)
 
     def __init__(
         self,
@@ -196,17 +197,3 @@ class Cifar10(L.LightningDataModule):
             "valid_images": len(self.valid),
             "test_images": len(self.test),
         }
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches, shuffled per epoch."""
-        return training_batches(
-            self.train, len(self.train), self.batch_size, self.seed, self.num_workers, as_fetched
-        )
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation batches in order."""
-        return ordered_batches(self.valid, self.batch_size, self.num_workers, as_fetched)
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the test batches in order."""
-        return ordered_batches(self.test, self.batch_size, self.num_workers, as_fetched)

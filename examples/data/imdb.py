@@ -12,13 +12,13 @@ from copy import copy
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from examples.data.loader import ResumableLoader, as_fetched, ordered_batches, training_batches
+from examples.data.loader import as_fetched
 from examples.data.locate import contents, locate
+from examples.data.splits import ThreeSplits
 from examples.data.subset import check_size, draw_stratified
 
 CLASSES = ("neg", "pos")
@@ -146,7 +146,7 @@ class Rows(Dataset[Batch]):
         }
 
 
-class Imdb(L.LightningDataModule):
+class Imdb(ThreeSplits):
     """IMDB's training, validation and test reviews as rows of equal length.
 
     Validation has the last reviews of each class of the official training split, training is drawn
@@ -172,6 +172,7 @@ class Imdb(L.LightningDataModule):
 
     name = "imdb"
     classes = 2
+    collate = staticmethod(as_fetched)
 
     def __init__(
         self,
@@ -225,20 +226,6 @@ class Imdb(L.LightningDataModule):
             "valid_reviews": len(self.valid),
             "test_reviews": len(self.test),
         }
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches, shuffled per epoch."""
-        return training_batches(
-            self.train, len(self.train), self.batch_size, self.seed, self.num_workers, as_fetched
-        )
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation batches in order."""
-        return ordered_batches(self.valid, self.batch_size, self.num_workers, as_fetched)
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the test batches in order."""
-        return ordered_batches(self.test, self.batch_size, self.num_workers, as_fetched)
 
 
 def _last_of_each_class(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:

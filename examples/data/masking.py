@@ -6,13 +6,12 @@ import random
 from collections.abc import Iterator
 from copy import copy
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from examples.data.corpus import Corpus
-from examples.data.loader import ResumableLoader, ordered_batches, training_batches
+from examples.data.splits import ThreeSplits
 from examples.data.subset import draw
 from examples.data.vocabulary import Vocabulary
 from examples.data.wordpiece import WordPieces
@@ -81,7 +80,7 @@ class MaskedBlocks(Dataset[dict[str, Tensor]]):
         return (self[i] for i in range(len(self)))
 
 
-class MaskedText(L.LightningDataModule):
+class MaskedText(ThreeSplits):
     """The three splits of a corpus as masked blocks; validation and test masks never change.
 
     Args:
@@ -165,17 +164,3 @@ class MaskedText(L.LightningDataModule):
             "valid_blocks": len(self.valid),
             "test_blocks": len(self.test),
         }
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Return the training batches, shuffled per epoch."""
-        return training_batches(
-            self.train, len(self.train), self.batch_size, self.seed, self.num_workers
-        )
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the validation batches in order."""
-        return ordered_batches(self.valid, self.batch_size, self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the test batches in order."""
-        return ordered_batches(self.test, self.batch_size, self.num_workers)

@@ -7,6 +7,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +140,57 @@ class Layer(nn.Module):
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
-class Bert(nn.Module):
+class MaskedWords(nn.Module):
+    """What stands before and behind an encoder's layers: embeddings, and a head for masked words.
+
+    Args:
+        config: Size.
+        layers: The layers, ``[S, T, H]`` to ``[S, T, H]``.
+        tied: Whether the decoder's weight is the token embedding, as in BERT.
+    """
+
+    def __init__(self, config: BertConfig, layers: Iterable[nn.Module], *, tied: bool) -> None:
+        """Make embeddings and head around the layers."""
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocab_size, config.hidden)
+        self.positions = nn.Embedding(config.max_length, config.hidden)
+        self.embedding_norm = nn.LayerNorm(config.hidden, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Sequential(
+            nn.Linear(config.hidden, config.hidden),
+            nn.GELU(),
+            nn.LayerNorm(config.hidden, eps=1e-12),
+        )
+        self.decoder = nn.Linear(config.hidden, config.vocab_size)
+        self.apply(_initialise)
+        if tied:
+            self.decoder.weight = self.words.weight
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return what the first layer gets, ``[S, T] → [S, T, H]``.
+
+        Raises:
+            ValueError: If the sequence is longer than the position embedding.
+        """
+        length = input_ids.shape[1]
+        if length > self.config.max_length:
+            raise ValueError(
+                f"sequence of {length} tokens is longer than max_length {self.config.max_length}"
+            )
+        # Positions carry the sample dimension too, so that every layer has per-sample gradients.
+        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        return self.dropout(self.embedding_norm(self.words(input_ids) + self.positions(positions)))
+
+    def predict(self, x: Tensor, masked_positions: Tensor | None) -> Tensor:
+        """Return logits of the last hidden states, ``[S, M, V]``, or ``[S, T, V]``."""
+        if masked_positions is not None:
+            x = x.take_along_dim(masked_positions.unsqueeze(-1), dim=1)
+        return self.decoder(self.head(x))
+
+
+class Bert(MaskedWords):
     """BERT with a masked-language-model head; segments are left out (one segment per sample).
 
     Args:
@@ -155,22 +206,7 @@ class Bert(nn.Module):
 
     def __init__(self, config: BertConfig, *, tied: bool = True) -> None:
         """Make embeddings, layers and head."""
-        super().__init__()
-        self.config = config
-        self.words = nn.Embedding(config.vocab_size, config.hidden)
-        self.positions = nn.Embedding(config.max_length, config.hidden)
-        self.embedding_norm = nn.LayerNorm(config.hidden, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.head = nn.Sequential(
-            nn.Linear(config.hidden, config.hidden),
-            nn.GELU(),
-            nn.LayerNorm(config.hidden, eps=1e-12),
-        )
-        self.decoder = nn.Linear(config.hidden, config.vocab_size)
-        self.apply(_initialise)
-        if tied:
-            self.decoder.weight = self.words.weight
+        super().__init__(config, (Layer(config) for _ in range(config.layers)), tied=tied)
 
     def encode(self, input_ids: Tensor) -> Tensor:
         """Return the last hidden states, ``[S, T] → [S, T, H]``.
@@ -178,14 +214,7 @@ class Bert(nn.Module):
         Raises:
             ValueError: If the sequence is longer than the position embedding.
         """
-        length = input_ids.shape[1]
-        if length > self.config.max_length:
-            raise ValueError(
-                f"sequence of {length} tokens is longer than max_length {self.config.max_length}"
-            )
-        # Positions carry the sample dimension too, so that every layer has per-sample gradients.
-        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        x = self.dropout(self.embedding_norm(self.words(input_ids) + self.positions(positions)))
+        x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x)
         return x
@@ -201,15 +230,12 @@ class Bert(nn.Module):
         Returns:
             Logits, shape ``[S, M, V]``, or ``[S, T, V]`` without positions.
         """
-        x = self.encode(input_ids)
-        if masked_positions is not None:
-            x = x.take_along_dim(masked_positions.unsqueeze(-1), dim=1)
-        return self.decoder(self.head(x))
+        return self.predict(self.encode(input_ids), masked_positions)
 
 
 def _initialise(module: nn.Module) -> None:
     """Draw weights from N(0, 0.02²) and zero the biases, as BERT does."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.models.bert import BertConfig, FeedForward, SelfAttention
+from examples.models.bert import BertConfig, FeedForward, MaskedWords, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Layer(nn.Module):
         return self.mixture_norm(x + self.dropout(mixed)), balance, dropped
 
 
-class Switch(nn.Module):
+class Switch(MaskedWords):
     """Switch encoder with a masked-language-model head; the decoder is the token embedding.
 
     Args:
@@ -235,21 +235,7 @@ class Switch(nn.Module):
 
     def __init__(self, config: SwitchConfig) -> None:
         """Make embeddings, layers and head."""
-        super().__init__()
-        self.config = config
-        self.words = nn.Embedding(config.vocab_size, config.hidden)
-        self.positions = nn.Embedding(config.max_length, config.hidden)
-        self.embedding_norm = nn.LayerNorm(config.hidden, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.head = nn.Sequential(
-            nn.Linear(config.hidden, config.hidden),
-            nn.GELU(),
-            nn.LayerNorm(config.hidden, eps=1e-12),
-        )
-        self.decoder = nn.Linear(config.hidden, config.vocab_size)
-        self.apply(_initialise)
-        self.decoder.weight = self.words.weight
+        super().__init__(config, (Layer(config) for _ in range(config.layers)), tied=True)
 
     def forward(self, input_ids: Tensor, masked_positions: Tensor | None = None) -> SwitchOutput:
         """Return logits over the vocabulary, and what the routing has to say.
@@ -261,27 +247,11 @@ class Switch(nn.Module):
         Raises:
             ValueError: If the sequence is longer than the position embedding.
         """
-        length = input_ids.shape[1]
-        if length > self.config.max_length:
-            raise ValueError(
-                f"sequence of {length} tokens is longer than max_length {self.config.max_length}"
-            )
-        positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-        x = self.dropout(self.embedding_norm(self.words(input_ids) + self.positions(positions)))
+        x = self.embed(input_ids)
         balance, dropped = [], []
         for layer in self.layers:
             x, loss, share = layer(x)
             balance.append(loss)
             dropped.append(share)
-        if masked_positions is not None:
-            x = x.take_along_dim(masked_positions.unsqueeze(-1), dim=1)
-        logits = self.decoder(self.head(x))
+        logits = self.predict(x, masked_positions)
         return SwitchOutput(logits, torch.stack(balance).mean(), torch.stack(dropped).mean())
-
-
-def _initialise(module: nn.Module) -> None:
-    """Draw weights from N(0, 0.02²) and zero the biases, as BERT does."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

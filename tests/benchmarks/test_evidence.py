@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from benchmarks.evidence import comparison, facts, figures, overhead, page, pareto, sentences
+from benchmarks.evidence import (
+    causes,
+    comparison,
+    facts,
+    figures,
+    overhead,
+    page,
+    pareto,
+    sentences,
+)
 from benchmarks.suites import bert
 from benchmarks.suites.pareto import methods as pareto_methods
 from benchmarks.suites.results import Results
@@ -122,19 +131,20 @@ def test_cost_until_the_full_runs_best_validation():
     assert found.at_equal_seconds("mat").mean == pytest.approx(-3)
 
 
-def test_sentences_say_better_only_where_the_interval_does():
+def test_sentences_count_as_better_only_what_the_interval_calls_so():
     text = " ".join(sentences.sentences({"bert": suite(BETTER)}))
-    assert "MAT's test result was better for `mat` beside `short`" in text
-    assert "(better)" in text
+    beside_full = "its test result was better in 1, worse in 0 of 1 comparison ("
+    beside_short = "plain training cut to its FLOPs it was better in 1, worse in 0 of 1 comparison"
+    assert beside_full in text
+    assert beside_short in text
     swapped = {"full": BETTER["full"], "mat": BETTER["short"], "short": BETTER["mat"]}
     text = " ".join(sentences.sentences({"bert": suite(swapped)}))
-    assert "better than none of its rivals'" in text
-    assert "it was worse for `mat` beside `short`" in text
-    assert "(better)" not in text
+    assert beside_full.replace("1, worse in 0", "0, worse in 1") in text
+    assert beside_short.replace("1, worse in 0", "0, worse in 1") in text
     even = {"full": (5.0, 5.1, 5.2), "mat": (5.1, 5.0, 5.2), "short": (5.0, 5.2, 5.1)}
     text = " ".join(sentences.sentences({"bert": suite(even)}))
-    assert "covers zero, no difference was seen for `mat` beside `short`" in text
-    assert text.count("(no difference seen)") == 1
+    nothing = "better in 0, worse in 0 of 1 comparison; no difference was seen in 1"
+    assert text.count(nothing) == 2
 
 
 def test_the_best_at_a_share_is_the_best_mean_and_its_rivals_are_named():
@@ -146,8 +156,21 @@ def test_the_best_at_a_share_is_the_best_mean_and_its_rivals_are_named():
     names = pareto.shares(found)["50%"]
     assert pareto.ranked(found, names)[0] == "top-lambda_max-loss-50%"
     text = sentences.same_cost([found])
-    assert "with 50% of the units `top-lambda_max-loss-50%` had the best mean" in text
-    assert "better beside `random-50%` and better beside `short-50%`" in text
+    assert "1 beat random units and 1 beat as few steps" in text
+    assert "best mean, `top-lambda_max-loss-50%`, was better beside `random-50%`" in text
+
+
+def test_causes_say_who_rested_and_how_unequal_the_units_are():
+    lines = suite({**BETTER, "mat-budget": (4.9, 5.2, 5.1)})
+    for one in lines:
+        for episode in one["episodes"]:
+            episode["trained"] = {"0|head": [1, 2], "1|head": [2, 2], "2|head": [0, 2]}
+            episode["lambda_max"] = {"0|head": [1.0, 2.0], "1|head": [2.0, None], "2|head": [9.0]}
+    text = causes.section({"bert": lines})
+    said = "| head | 4.5 | 50% | 100% | 0% | 100% |"
+    assert f"| BERT tiny (bert) | `mat` {said} better | better | – |" in text
+    assert f"| BERT tiny (bert) | `mat-budget` {said} no difference seen | – | – |" in text
+    assert causes.section({"overhead": lines}) == ""
 
 
 def _task():
@@ -164,8 +187,7 @@ def test_probe_shares_and_callback_costs():
     for one in lines:
         one["scale"] = "cpu"
     text = sentences.overhead({"bert": lines})
-    assert "Probes took 1.0% to 1.0% of a run's seconds" in text
-    assert "at most 1.5% in 1 of 1 suites" in text
+    assert "Probes took 1.0% of a run's seconds in the mean of a suite, most in `bert`" in text
     rounds = [
         {"plain": {"step_seconds": 1.0}, "active": {"step_seconds": ratio}}
         for ratio in (1.0, 1.1, 9.0)
@@ -185,9 +207,8 @@ def test_a_method_that_rested_nothing_is_called_so_and_not_compared():
     assert found.says("short", "full") == facts.NO_DIFFERENCE  # fewer steps, never fewer units
     assert found.says("mat", "nobody") == "no pair"
     text = " ".join(sentences.sentences({"bert": lines}))
-    assert "(`mat` rested nothing)" in text
-    assert "rested nothing or left out no step, which compares nothing, for `mat` beside" in text
-    assert facts.NO_DIFFERENCE not in text
+    assert "better in 0, worse in 0 of 0 comparisons; 1 compared nothing" in text
+    assert "no difference was seen" not in text
     assert "| `mat` rested nothing |" in comparison.tables(lines)
     for one in lines:
         one["steps"] = 6

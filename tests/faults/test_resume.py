@@ -74,7 +74,8 @@ class Redo(pl.Callback):
         loop = checkpoint["loops"]["fit_loop"]
         batches = loop["epoch_loop.batch_progress"]["current"]
         if batches["processed"] < batches["ready"]:
-            loop["state_dict"]["combined_loader"][0]["batches"] = batches["processed"]
+            done = batches["processed"] * trainer.train_dataloader.batch_size
+            loop["state_dict"]["combined_loader"][0]["samples"] = done
 
 
 class EndedError(Exception):

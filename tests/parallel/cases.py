@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
+from examples.data.loader import ResumableLoader, training_batches
 from lightning_mat import MATCallback, Slice, Unit, policies
 from lightning_mat.parallel import MATDDPStrategy
 
@@ -121,10 +122,23 @@ class Record(pl.Callback):
             self.active.append(callback.mat.active.tolist())
 
 
-def points(samples: int = 96) -> TensorDataset:
+class Rows(TensorDataset):
+    """Tensors' rows; any index is taken modulo their number."""
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index % len(self))
+
+
+def points(samples: int = 96) -> Rows:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long())
+    return Rows(x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long())
+
+
+def batches(data: Rows, ranks: int) -> ResumableLoader:
+    """Return batches of 16 samples, this process' share of each."""
+    rank = torch.distributed.get_rank() if ranks > 1 else 0
+    return training_batches(data, len(data), 16 // ranks, seed=0, ranks=ranks, rank=rank)
 
 
 def strategy(name: str, **options: Any) -> Any:
@@ -170,17 +184,12 @@ def fit(
         "enable_model_summary": False,
         "enable_checkpointing": False,
         "default_root_dir": folder,
-        "use_distributed_sampler": False,
         "strategy": "auto" if plan is None else strategy(plan[0], **plan[1]),
     }
     own = [c for c in (adaptive, *(callbacks or ()), record) if c is not None]
     trainer = pl.Trainer(callbacks=own, **(settings | options))
     module = Net(**(net or {}))
-    data = points()
-    # In order; Lightning's own sampler shuffles.
-    sampler = None if plan is None else DistributedSampler(data, shuffle=False)
-    loader = DataLoader(data, 16 // devices, sampler=sampler)
-    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, batches(points(), devices), ckpt_path=ckpt_path, weights_only=True)
     return module, record, adaptive, trainer
 
 

@@ -16,13 +16,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_mat import MAT, MATCallback, Partition, Slice, Unit, policies
 from lightning_mat.optim import pieces
 from lightning_mat.parallel import Ranks
 from lightning_mat.shards import reshard
-from tests.parallel.cases import Block
+from tests.parallel.cases import Block, Rows, batches
 
 WORDS, WIDTH, HIDDEN, CLASSES = 7, 8, 12, 3
 THIRDS = [(0, 4), (4, 8), (8, 12)]
@@ -228,16 +227,13 @@ def fit(
         "enable_model_summary": False,
         "enable_checkpointing": False,
         "default_root_dir": folder,
-        "use_distributed_sampler": False,
         "num_sanity_val_steps": 1,
     }
     more = options.pop("callbacks", [])
     trainer = pl.Trainer(callbacks=[callback, *more], **(settings | options))
-    data = TensorDataset(*samples(96))
-    sampler = DistributedSampler(data, size, dist.get_rank(), shuffle=False) if shards else None
-    loader = DataLoader(data, 16 // size, sampler=sampler)
-    module = Module(shards)
-    trainer.fit(module, loader, loader, ckpt_path=ckpt_path, weights_only=True)
+    module, data = Module(shards), Rows(*samples(96))
+    loaders = batches(data, size), batches(data, size)
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
     return module, callback, trainer
 
 

@@ -392,11 +392,11 @@ def test_a_sharded_checkpoint_keeps_the_state_of_what_rests(
 
 
 def stopped_and_resumed(folder: Path, distributed: bool, mat: dict[str, Any]) -> Any:
-    """Return the ends of a run and of the same run, stopped inside an episode and resumed."""
+    """Return the ends of a run, and of the same one stopped inside an epoch and an episode."""
     options: dict[str, Any] = {"distributed": distributed, "mat": mat}
     whole = sharded.summary(sharded.fit(folder / "whole", **options))
     save = ModelCheckpoint(folder / "saved", save_last=True, every_n_train_steps=1)
-    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 6}
+    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 7}
     sharded.fit(folder / "half", **options, **half)
     last = folder / "saved" / "last.ckpt"
     resumed = sharded.summary(sharded.fit(folder / "resumed", ckpt_path=last, **options))
@@ -435,9 +435,9 @@ def going_on(folder: Path, shards: bool) -> Any:
 
 
 def stopped(folder: Path, shards: bool, distributed: bool = False) -> None:
-    """Leave a checkpoint inside an episode in which units rest, in one file if not distributed."""
+    """Leave a checkpoint inside an epoch and an episode, in one file if not distributed."""
     save = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
-    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 6}
+    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 7}
     sharded.fit(folder, shards=shards, distributed=distributed, **half)
 
 

@@ -185,13 +185,13 @@ def test_ranks_that_use_other_parameters_are_told_what_to_do(
 
 
 def stopped_and_resumed(folder: Path, name: str) -> Any:
-    """Return the end of a run, and that of the same run stopped inside an episode and resumed."""
+    """Return the end of a run, and of the same one stopped inside an epoch and an episode."""
     mat = {"alpha": "auto", "every_n_steps": 4, "skip": "units"}
     same: dict[str, Any] = {"mat": mat, "net": {"batch_norm": True}}
     ends = []
     whole = cases.fit(folder / "whole", (name, {}), **same)
     save = ModelCheckpoint(folder / "saved", save_last=True, every_n_train_steps=1)
-    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 6}
+    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 7}
     cases.fit(folder / "half", (name, {}), **same, **half)
     last = folder / "saved" / "last.ckpt"
     resumed = cases.fit(folder / "resumed", (name, {}), **same, ckpt_path=last)
@@ -233,7 +233,7 @@ def test_another_number_of_processes_decides_the_same(
 ) -> None:
     mat = {"alpha": "auto", "every_n_steps": 4, "skip": "units"}
     save = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
-    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 6}
+    half = {"callbacks": [save], "enable_checkpointing": True, "max_steps": 7}
     cases.fit(tmp_path / "one", None, mat=mat, **half)
     last = {"mat": mat, "ckpt_path": tmp_path / "last.ckpt"}
     alone = cases.gradients(tmp_path / "alone", None, last)

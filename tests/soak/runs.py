@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import socket
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mat.checkpoint import AtomicCheckpointIO
+from lightning_mat.parallel import MATDDPStrategy
 from lightning_mat.report.store import read
 from tests.lightning_models import Small, data, mat, trainer, weights
 from tests.soak.moments import MOMENTS, die_at
@@ -22,12 +26,26 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.soak.runs"])
 
 
-def train(folder: Path, steps: int, moment: str | None, number: int) -> None:
+class Die(NamedTuple):
+    """At which call of which moment a process of which rank dies."""
+
+    moment: str
+    number: int
+    rank: int = 0
+
+
+def train(folder: Path, steps: int, die: Die | None, rank: int, ranks: int, port: int) -> None:
     """Train from the last checkpoint, or from the beginning, and write the result."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if moment is not None:
-        die_at(MOMENTS[moment], number)
+    if die is not None and die.rank == rank:
+        die_at(MOMENTS[die.moment], die.number)
+    plan: Any = "auto"
+    if ranks > 1:
+        addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks}
+        places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0}
+        os.environ |= {name: str(value) for name, value in (addresses | places).items()}
+        plan = MATDDPStrategy(process_group_backend="gloo")
     save = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2, save_top_k=1)
     callback = mat(every_n_steps=3)
     fit = trainer(
@@ -38,11 +56,14 @@ def train(folder: Path, steps: int, moment: str | None, number: int) -> None:
         max_steps=steps,
         enable_checkpointing=True,
         plugins=[AtomicCheckpointIO()],
+        strategy=plan,
+        devices=ranks,
     )
     torch.manual_seed(0)
     module = Small()
     last = folder / "last.ckpt"
-    fit.fit(module, data(), ckpt_path=last if last.exists() else None, weights_only=True)
+    batches = data(ranks=ranks, rank=rank)
+    fit.fit(module, batches, ckpt_path=last if last.exists() else None, weights_only=True)
     assert callback.mat is not None
     result = {
         "weights": weights(module),
@@ -50,16 +71,37 @@ def train(folder: Path, steps: int, moment: str | None, number: int) -> None:
         "decision": callback.mat.decision.state_dict(),
         "summary": {k: v for k, v in callback.summary().items() if "seconds" not in k},
     }
-    torch.save(result, folder / "result.pt")
+    torch.save(result, folder / f"result-{rank}.pt")
 
 
-def run(folder: Path, moment: str | None = None, number: int = 0, steps: int = STEPS) -> bool:
-    """Run :func:`train` in a new process; return whether it was killed."""
-    process: Any = _context.Process(target=train, args=(folder, steps, moment, number))
-    process.start()
-    process.join(120)
-    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-    return process.exitcode != 0
+def run(folder: Path, die: Die | None = None, steps: int = STEPS, ranks: int = 1) -> bool:
+    """Run :func:`train` in new processes; return whether one was killed.
+
+    As launchers do, it ends the others when one has died.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[Any] = [
+        _context.Process(target=train, args=(folder, steps, die, rank, ranks, port))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        waiting = set(processes)
+        while waiting and not any(process.exitcode for process in processes):
+            ended = wait([process.sentinel for process in waiting], timeout=120)
+            assert ended, "the processes wait for each other"
+            waiting = {process for process in waiting if process.exitcode is None}
+        killed = [process.exitcode for process in processes if process.exitcode]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    # Those that saw the connection to the dead one break may have ended with an error themselves.
+    assert not killed or -signal.SIGKILL in killed, killed
+    return bool(killed)
 
 
 def check_files(folder: Path) -> None:
@@ -73,9 +115,9 @@ def check_files(folder: Path) -> None:
         assert (stored.eigenvalues[:, :, 0] == stored.lambda_max).all()
 
 
-def check_equal(folder: Path, whole: Path) -> None:
-    """Check that a run ended as another one did, to the bit."""
-    one, other = (torch.load(f / "result.pt", weights_only=True) for f in (folder, whole))
+def check_equal(folder: Path, whole: Path, rank: int = 0) -> None:
+    """Check that a process' run ended as another one did, to the bit."""
+    one, other = (torch.load(f / f"result-{rank}.pt", weights_only=True) for f in (folder, whole))
     assert all(map(torch.equal, one["weights"], other["weights"]))
     assert torch.equal(one["decision"]["active"], other["decision"]["active"])
     assert one["decision"]["reasons"] == other["decision"]["reasons"]

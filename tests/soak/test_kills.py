@@ -8,29 +8,55 @@ from pathlib import Path
 import pytest
 
 from tests.soak.moments import MOMENTS
-from tests.soak.runs import STEPS, check_equal, check_files, run
+from tests.soak.runs import STEPS, Die, check_equal, check_files, run
+
+# Files are written by the first process.
+OF_ALL = [name for name in MOMENTS if "file" not in name and "checkpoint" not in name]
+OF_ALL.remove("eigenvalues without their row")
+OF_ALL.remove("spectra cut back, not yet the eigenvalues")
 
 
-def killed_and_resumed(tmp_path: Path, kills: list[tuple[str, int]], steps: int) -> None:
+def killed_and_resumed(tmp_path: Path, kills: list[Die], steps: int, ranks: int = 1) -> None:
     whole, often = tmp_path / "whole", tmp_path / "often"
-    assert not run(whole, steps=steps)
-    for moment, number in kills:
-        assert run(often, moment, number, steps), f"{moment}: over before call {number}"
+    assert not run(whole, steps=steps, ranks=ranks)
+    for kill in kills:
+        assert run(often, kill, steps, ranks), f"{kill}: over before"
         check_files(often)
-    assert not run(often, steps=steps)
+    assert not run(often, steps=steps, ranks=ranks)
     check_files(often)
-    check_equal(often, whole)
+    for rank in range(ranks):
+        check_equal(often, whole, rank)
 
 
 def test_three_kills_leave_the_same_weights(tmp_path: Path) -> None:
-    kills = [("half a checkpoint", 5), ("in a probe, at a product", 2), ("half a spectra file", 1)]
-    killed_and_resumed(tmp_path, kills, steps=24)
+    moments = [
+        ("half a checkpoint", 5),
+        ("in a probe, at a product", 2),
+        ("half a spectra file", 1),
+    ]
+    killed_and_resumed(tmp_path, [Die(*moment) for moment in moments], steps=24)
+
+
+def test_kills_of_one_of_two_processes_leave_the_same_weights(tmp_path: Path) -> None:
+    kills = [
+        Die("half a checkpoint", 3),
+        Die("in a probe, at a product", 2, rank=1),
+        Die("in a step, before the optimizer", 2, rank=1),
+    ]
+    killed_and_resumed(tmp_path, kills, steps=18, ranks=2)
+
+
+def drawn(seed: int, count: int, ranks: int = 1) -> list[Die]:
+    """Return kills at every moment, and at more that are drawn, in an order that is drawn."""
+    draw = random.Random(seed)
+    names = list(MOMENTS)
+    moments = [(name, draw.randint(1, 3)) for name in names]
+    moments += [(draw.choice(names), draw.randint(1, 5)) for _ in range(count - len(names))]
+    draw.shuffle(moments)
+    return [Die(n, i, draw.randrange(ranks) if n in OF_ALL else 0) for n, i in moments]
 
 
 @pytest.mark.soak
-def test_twenty_kills_leave_the_same_weights(tmp_path: Path) -> None:
-    draw = random.Random(20)
-    kills = [(moment, draw.randint(1, 3)) for moment in MOMENTS]
-    kills += [(draw.choice(list(MOMENTS)), draw.randint(1, 5)) for _ in range(20 - len(kills))]
-    draw.shuffle(kills)
-    killed_and_resumed(tmp_path, kills, steps=3 * STEPS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_twenty_kills_leave_the_same_weights(ranks: int, tmp_path: Path) -> None:
+    killed_and_resumed(tmp_path, drawn(20, 20, ranks), steps=3 * STEPS, ranks=ranks)
