@@ -272,7 +272,7 @@ class MAT:
         """Return what a policy may know of the units."""
         cost = torch.zeros(len(self.part), dtype=torch.float64)
         if self.spectra is not None:
-            cost = self.spectra.cost
+            cost = self.spectra.cost * self.gate.products
         return UnitTable(
             self.part.names, self.part.kinds, self.part.layers, cost, full_cost=self.full_cost
         )

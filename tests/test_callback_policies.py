@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_mat import MAT, MATCallback, MATOptimizer, engine, policies
+from examples.models.bert import Bert, preset
+from examples.models.vgg import VGG16
+from lightning_mat import MAT, MATCallback, MATOptimizer, engine, flops, policies
 from lightning_mat.ledger import Ledger
 from lightning_mat.presets import PAPER
 from lightning_mat.report.store import read
@@ -344,3 +346,49 @@ class Own(MATCallback):
 
 def test_a_subclass_has_the_presets_too() -> None:
     assert type(Own.paper("vgg")) is Own
+
+
+def bert_step() -> tuple[nn.Module, Tensor]:
+    words = torch.randint(50, (4, 16))
+    return Bert(preset("tiny", vocab_size=50, max_length=16, dropout=0.0)), words
+
+
+def vgg_step() -> tuple[nn.Module, Tensor]:
+    return VGG16(width=4), torch.randn(4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("skip", ["weights", "units"])
+@pytest.mark.parametrize(
+    ("make", "units", "budget"),
+    [
+        (bert_step, "heads+ffn", {"weights": 0.85, "units": 0.7}),
+        (vgg_step, "filters", {"weights": 0.85, "units": 0.7}),
+    ],
+)
+def test_a_step_within_a_budget_takes_no_more_flops(
+    make: Any, units: str, budget: dict[str, float], skip: str
+) -> None:
+    torch.manual_seed(0)
+    net, batch = make()
+
+    def counted() -> int:
+        with flops.count() as counter:
+            net(batch).sum().backward()
+        return counter.total
+
+    policy = policies.MAT(budget=budget[skip])
+    run = MAT(net, torch.optim.SGD(net.parameters(), 0.1), units, policy, skip=skip)
+    full = counted()
+    run.full_cost = full / len(batch)
+    run.update(batch, step=0)
+    assert not run.active.all()
+    spent, said = counted() / full, run.table().cost_share(run.active)
+    # What is said leaves a little out that is spared: attention's own products, and what the next
+    # layer would send to a resting filter. An image needs no gradient, which is taken for spared.
+    image = (
+        2 * 32 * 32 * 27 * 4 * len(batch) / full if skip == "units" and units == "filters" else 0
+    )
+    assert 0.75 * said < spent <= said + image + 1e-9
+    assert said <= budget[skip] + 1e-9
+    # The budget is spent: no unit that rests would fit.
+    assert said > budget[skip] - float(run.table().cost.max()) / run.full_cost

@@ -19,13 +19,13 @@ METHODS = ("mat", "mat-units", "mat-auto", "mat-budget")
 _SUITES = ("bert", "switch", "vgg", "finetune", "optimizers")
 
 READING = """\
-Equation 4 puts the threshold a share α of the way from the smallest λ_max of a kind of units to the
-largest. Where the largest is many times the median, nearly all units lie below it, and what they
-would have learned is missing. The table says how far the largest is from the median (the median of
-the episodes and seeds), and how much of the lower, middle and upper layers trained (means). With
-`mat-auto` (`alpha="auto"`) the threshold lies in the widest gap of log λ_max; with `mat-budget`
-(`budget=0.75`) units rest until three quarters of a full step's FLOPs are left. Both skip as
-`mat-units` does, and are compared with its rivals."""
+Equation 4 puts the threshold a share α of the way from the smallest eigenvalue of a kind of units
+to the largest. Where the largest is many times the median, nearly all units lie below it, and what
+they would have learned is missing. The table says how far the largest λ_max is from the median (the
+median of the episodes and seeds), and how much of the lower, middle and upper layers trained
+(means). With `mat-auto` (`alpha="auto"`) the threshold lies in the widest gap of log λ_max; with
+`mat-budget` (`budget=0.75`) units rest until three quarters of a full step's FLOPs are left. Both
+skip as `mat-units` does, and are compared with its rivals."""
 
 
 def section(results: Mapping[str, Sequence[Line]]) -> str:
@@ -70,17 +70,7 @@ def _says(facts: Facts, method: str, base: str) -> str:
 
 def _skew(episodes: Sequence[Mapping[str, Any]], kind: str) -> str:
     """Return the largest λ_max of a kind over its median, the median of the episodes."""
-    found = []
-    for episode in episodes:
-        values = [
-            value
-            for key, noted in episode.get("lambda_max", {}).items()
-            if key.split("|")[1] == kind
-            for value in noted
-            if value is not None
-        ]
-        if values and (middle := statistics.median(values)):
-            found.append(max(values) / middle)
+    found = [e["skew"][kind] for e in episodes if e.get("skew", {}).get(kind) is not None]
     return f"{statistics.median(found):.3g}" if found else NONE
 
 

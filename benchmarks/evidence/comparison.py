@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.facts import Facts, sorted_facts
-from benchmarks.evidence.words import NONE, counted, interval, listed, percent, plain, signed
+from benchmarks.evidence.words import NONE, counted, each, interval, listed, percent, plain, signed
 from benchmarks.suites.results import Line
 from benchmarks.suites.stats import best_point, estimate, reached
 from benchmarks.tabular import markdown
@@ -60,7 +60,14 @@ def pairing(facts: Facts) -> str:
     apart = [str(seed) for seed, found in sorted(starts.items()) if len(found) > 1]
     if apart:
         return f"Not paired: methods started from different weights with seed {listed(apart)}."
-    return "All methods of a seed started from the same weights (by their hash)."
+    for seed in starts:
+        seen = [lines[seed].get("batches", []) for lines in facts.lines.values() if seed in lines]
+        if any(len(set(same)) > 1 for same in zip(*filter(None, seen), strict=False)):
+            return f"Not paired: methods saw different batches with seed {seed}."
+    return (
+        "All methods of a seed started from the same weights and saw the same first batches (by "
+        "their checksums)."
+    )
 
 
 def results(facts: Facts) -> str:
@@ -76,6 +83,7 @@ def results(facts: Facts) -> str:
                 str(len(seeds)),
                 plain(facts.mean(method, facts.result), 4),
                 NONE if own else signed(difference),
+                NONE if own else each(facts.differences(method, "full")),
                 NONE if own else interval(difference),
                 NONE if own else facts.says(method, "full"),
                 percent(facts.ratio(method, "full", lambda line: line["seconds"]).mean),
@@ -86,7 +94,7 @@ def results(facts: Facts) -> str:
             ]
         )
     head = [
-        *("method", "seeds", f"test {facts.metric}", "− full", "95% interval", "says"),
+        *("method", "seeds", f"test {facts.metric}", "− full", "per seed", "95% interval", "says"),
         *("seconds", "FLOPs counted", "FLOPs, paper's rule", "probes", "units trained"),
     ]
     return markdown(head, rows)
@@ -99,20 +107,25 @@ def target(facts: Facts) -> str:
         cells = [f"`{method}`"]
         for cost in ("seconds", "flops", "paper_flops"):
             found = facts.until_target(method, cost)
-            there = [share for share in found.values() if share is not None]
-            text = plain(estimate([100 * share for share in there]), 0, "%")
+            there = [100 * share for share in found.values() if share is not None]
+            # The mean of those that got there alone would flatter the method.
+            text = plain(estimate(there), 0, "%") if len(there) == len(found) else NONE
             cells.append(_absolute(facts, cost) if method == "full" else text)
         found = facts.until_target(method, "step")
         cells.append(f"{sum(v is not None for v in found.values())} of {len(seeds)}")
-        equal = facts.at_equal_seconds(method)
-        cells += (
-            [NONE, NONE] if method == "full" else [signed(equal), facts.says(method, "full", equal)]
-        )
+        for cost in ("seconds", "flops"):
+            equal = facts.at_equal(cost, method)
+            cells += (
+                [NONE, NONE]
+                if method == "full"
+                else [signed(equal), facts.says(method, "full", equal)]
+            )
         rows.append(cells)
     head = [
         *("until the full run's best validation result", "seconds", "FLOPs counted"),
         *("FLOPs, paper's rule", "runs that got there"),
         *(f"validation {facts.metric} at equal seconds − full", "says"),
+        *("at equal counted FLOPs − full", "says"),
     ]
     return markdown(head, rows)
 
@@ -139,8 +152,10 @@ def train_accuracy(facts: Facts) -> str:
                     reached_accuracy(line, goal, cost) for line in facts.lines[method].values()
                 ]
                 there = estimate([value for value in found if value is not None])
-                many = "" if there.n == len(found) else f" ({there.n} of {len(found)})"
-                cells.append((plain(there, 1) if cost == "seconds" else counted(there)) + many)
+                if there.n < len(found):
+                    cells.append(f"{there.n} of {len(found)} got there")
+                else:
+                    cells.append(plain(there, 1) if cost == "seconds" else counted(there))
         rows.append(cells)
     head = [
         "until train accuracy",

@@ -71,8 +71,12 @@ class Facts:
 
     def versus(self, method: str, base: str, value: Value | None = None) -> Estimate:
         """Return method − base, paired by seed; of the test result by default."""
+        return estimate(self.differences(method, base, value))
+
+    def differences(self, method: str, base: str, value: Value | None = None) -> list[float]:
+        """Return method − base of every seed that both have, in their order."""
         value = value or self.result
-        return estimate(differences(self.values(method, value), self.values(base, value)))
+        return differences(self.values(method, value), self.values(base, value))
 
     def result(self, line: Line) -> float | None:
         """Return the test result with the weights of the best validation."""
@@ -101,16 +105,22 @@ class Facts:
             found[seed] = needed / own if needed is not None and own else None
         return found
 
-    def at_equal_seconds(self, method: str, base: str = "full") -> Estimate:
-        """Return method − base in the best validation result by the seconds that both have had."""
+    def at_equal(self, cost: str, method: str, base: str = "full") -> Estimate:
+        """Return method − base in the best validation result by a cost that both have had.
+
+        Args:
+            cost: ``"seconds"``, ``"flops"`` or ``"paper_flops"``.
+            method: Name of the method.
+            base: Name of the method that it is compared with.
+        """
         found = []
         for seed, line in sorted(self.lines.get(method, {}).items()):
             other = self.lines.get(base, {}).get(seed)
             if other is None:
                 continue
-            until = min(line["curve"][-1]["seconds"], other["curve"][-1]["seconds"])
+            until = min(line["curve"][-1][cost], other["curve"][-1][cost])
             ours, theirs = (
-                value_at(one["curve"], self.metric, "seconds", until, more=self.more)
+                value_at(one["curve"], self.metric, cost, until, more=self.more)
                 for one in (line, other)
             )
             if ours is not None and theirs is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from benchmarks.evidence import causes
@@ -29,8 +30,12 @@ Seconds are of training with its probes, without validation. FLOPs are counted f
 that ran, probes included; "paper's rule" takes a backward pass for two forward passes and lets
 resting units cost nothing in it, by their share of all units, also with the probes added.
 `short` is plain training cut to the counted FLOPs of a method, its learning-rate schedule with it.
-At equal seconds, a run's learning rate may not have fallen as far as that of a shorter one: `short`
-is the fair rival."""
+At equal seconds or FLOPs, a run's learning rate may not have fallen as far as that of a shorter
+one: `short` is the fair rival. What it takes to a target is given where all seeds got there.
+Targets are of validation results; test results are there at the end alone. `bottom` and `matched`
+train as many units as `mat` did in each episode. `multirate` changes its decision in two of five
+steps, and every change makes the plans of gate and optimizer anew, which its seconds show.
+Intervals stand for themselves: where many methods are compared, some fall off zero by chance."""
 
 MACHINES = (
     "Results of machines with several users have seconds that move by several percent from run to "
@@ -39,14 +44,27 @@ MACHINES = (
 
 
 def load(folder: Path = RESULTS) -> dict[str, list[Line]]:
-    """Return the finished runs of every suite that has some, CPU before GPU, by seed and order."""
+    """Return the finished runs of every suite that has some, CPU before GPU, by seed and order.
+
+    Lines of runs that the suite has no more, because a setting has changed, are left out.
+    """
     found = {}
     for name in SUITES:
         paths = sorted(folder.glob(f"{name}-*.jsonl"), key=lambda p: ("cpu" not in p.stem, p.stem))
-        lines = [line for path in paths for line in read(path).values()]
+        lines = [line for path in paths for line in read(path).values() if is_current(name, line)]
         if lines:
             found[name] = lines
     return found
+
+
+def is_current(suite: str, line: Line) -> bool:
+    """Return whether a suite still has the run that a line is of."""
+    return line["key"] in _keys(suite, line["scale"], line["seed"])
+
+
+@lru_cache
+def _keys(suite: str, scale: str, seed: int) -> frozenset[str]:
+    return frozenset(run.key for run in SUITES[suite].runs(scale, [seed]))
 
 
 def text(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.evidence.facts import NO_DIFFERENCE, Facts, sorted_facts
 from benchmarks.evidence.overhead import step_ratio
-from benchmarks.evidence.pareto import ranked, shares
+from benchmarks.evidence.pareto import shares
 from benchmarks.evidence.words import listed, percent
 from benchmarks.suites.results import Line
 
@@ -71,62 +71,56 @@ def rivals(compared: Sequence[Facts]) -> str:
 
 
 def same_cost(found: Sequence[Facts]) -> str:
-    """Say which ranking of the units beats chance and fewer steps at the same share."""
+    """Say whether rankings of the units beat chance and fewer steps at the same share."""
     parts = []
     for facts in found:
         for share, methods in shares(facts).items():
             random, short = f"random-{share}", f"short-{share}"
             ours = [m for m in methods if m.startswith("top-") and "weights" not in m]
             flops = facts.ratio(random, "full", lambda line: line["flops"]).mean
-            best = ranked(facts, ours)[0]
-            counts = [
-                f"{sum(facts.says(m, base) == 'better' for m in ours)} beat {words}"
-                for base, words in ((random, "random units"), (short, "as few steps"))
+            won = [sum(facts.says(m, base) == "better" for m in ours) for base in (random, short)]
+            told = [
+                f"λ_max of {words} {_told(facts, f'top-lambda_max-{output}-{share}', random)}"
+                for output, words in (("sum_logits", "the summed logits"), ("loss", "the loss"))
+                if f"top-lambda_max-{output}-{share}" in methods
             ]
-            paper = f"top-lambda_max-sum_logits-{share}"
             parts.append(
-                f"with {share} of the units ({percent(flops)} of the FLOPs) {listed(counts)}, the "
-                f"paper's (`{paper}`) was {_told(facts, paper, random)}, and the best mean, "
-                f"`{best}`, was {_told(facts, best, random)} ({facts.place})"
+                f"with {share} of the units ({percent(flops)} of the FLOPs, {facts.place}) "
+                f"{listed(told)}; of {len(ours)} rankings {won[0]} beat `{random}` and {won[1]} "
+                f"beat plain training of as many FLOPs"
             )
     if not parts:
         return "Which ranking is best at the same cost has not been measured yet."
-    return f"Of the rankings of the units that were tried, {'; '.join(parts)}."
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]} (each by its own interval, however many were tried)."
 
 
 def _told(facts: Facts, method: str, base: str) -> str:
     says = facts.says(method, base)
-    return f"no different from `{base}`" if says == NO_DIFFERENCE else f"{says} beside `{base}`"
+    return f"was no different from `{base}`" if says == NO_DIFFERENCE else f"was {says}"
 
 
 def stability(found: Sequence[Facts]) -> str:
-    """Say how stable the ranking by λ_max is."""
-    apart: dict[str, list[float]] = {}
+    """Say how stable the ranking by λ_max is: least and largest of all that was measured."""
+    apart: dict[int, list[float]] = {}
     across: list[float] = []
     for facts in found:
-        points = [p for run in facts.lines["full"].values() for p in run["ranking"]]
-        by_size: dict[str, list[float]] = {}
-        for point in points:
+        for point in (p for run in facts.lines["full"].values() for p in run["ranking"]):
             for size, kinds in point["samples"]["sum_logits"].items():
-                by_size.setdefault(size, []).extend(v for v in kinds.values() if v is not None)
-        for size, values in by_size.items():
-            if values:
-                apart.setdefault(size, []).append(statistics.median(values))
-        values = [
-            value
-            for point in points
-            for value in point["outputs"]["sum_logits vs loss"].values()
-            if value is not None
-        ]
-        across += [statistics.median(values)] if values else []
+                apart.setdefault(int(size), []).extend(v for v in kinds.values() if v is not None)
+            kinds = point["outputs"]["sum_logits vs loss"]
+            across += [v for v in kinds.values() if v is not None]
+    apart = {size: values for size, values in sorted(apart.items()) if values}
     if not apart or not across:
         return "How stable the ranking by λ_max is has not been measured yet."
-    sizes = [f"{number_span(values)} with {size} samples" for size, values in apart.items()]
+    sizes = [
+        f"{number_span(values)} (median {statistics.median(values):.2f}) with {size} samples"
+        for size, values in apart.items()
+    ]
     return (
-        "A likely cause: λ_max ranks the units alike in probes of different samples (Spearman's "
-        f"correlation, medians of {len(across)} models: {listed(sizes)}), but the sum of the "
-        "logits, which the paper measures, and the loss, which is trained, do not always rank "
-        f"alike ({number_span(across)})."
+        "Spearman's correlation of λ_max between probes of different samples is "
+        f"{listed(sizes)}; between the sum of the logits, which the paper measures, and the loss, "
+        f"which is trained, it is {number_span(across)} (median {statistics.median(across):.2f})."
     )
 
 

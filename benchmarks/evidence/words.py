@@ -62,6 +62,16 @@ def signed(value: Estimate, digits: int = 4) -> str:
     return mean if value.n == 1 else f"{mean} ± {value.error:.{digits}f}"
 
 
+def each(values: list[float], digits: int = 3) -> str:
+    """Return every seed's difference.
+
+    Example:
+        >>> each([0.25, -1.0], 2), each([])
+        ('+0.25, -1.00', '–')
+    """
+    return ", ".join(f"{value:+.{digits}f}" for value in values) or NONE
+
+
 def interval(value: Estimate, digits: int = 4) -> str:
     """Return the 95% interval, or a dash where there is none.
 

@@ -112,7 +112,12 @@ def seconds(run: Run, cost: Costs) -> float:
     probes = max(0, math.ceil((task.steps - task.first) / task.every)) if measured else 0
     training = task.steps * cost["step"] + probes * cost["probe"]
     if run.suite == "ranking":  # two sets of samples of every size, for every output
-        samples = 2 * len(ranking.OUTPUTS) * len(ranking.POINTS) * sum(PROBED[run.scale])
+        samples = (
+            2
+            * len(ranking.OUTPUTS)
+            * len(ranking.POINTS)
+            * sum({task.n_samples, *PROBED[run.scale]})
+        )
         training += samples / task.n_samples * cost["probe"]
     return training + task.points * cost["valid"] + 2 * cost["test"]
 

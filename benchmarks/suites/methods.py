@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -14,15 +14,12 @@ from lightning_mat import MATCallback, policies
 Record = list[dict[tuple[str, str], int]]
 
 
-def _ranked(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a maker of Top or Bottom, whose fraction may be that of a MAT policy."""
-
-    def policy(*, fraction: float | Mapping[str, Any], **arguments: Any) -> Any:
-        if isinstance(fraction, Mapping):
-            fraction = policies.MAT(**fraction)
-        return make(fraction, **arguments)
-
-    return policy
+def _bottom(
+    *, fraction: float = 0.0, record: Record | None = None, seed: int = 0, **arguments: Any
+) -> policies.Bottom:
+    """Return Bottom with a share of the units, or with as many as a recorded run trained."""
+    many = fraction if record is None else policies.Matched(record, seed)
+    return policies.Bottom(many, **arguments)
 
 
 #: Makers of policies; those that draw get a seed, ``matched`` the record of a run.
@@ -31,11 +28,13 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "random": lambda **arguments: policies.Random(**arguments),
     "multirate": lambda **arguments: policies.Multirate(**arguments),
     "mat": lambda **arguments: policies.MAT(**arguments),
-    "top": lambda **arguments: _ranked(policies.Top)(**arguments),
-    "bottom": lambda **arguments: _ranked(policies.Bottom)(**arguments),
+    "top": lambda **arguments: policies.Top(**arguments),
+    "bottom": _bottom,
     "matched": lambda **arguments: policies.Matched(**arguments),
 }
 _DRAWN = ("random", "multirate", "matched")
+#: Policies that train as many units as the run that a method is like.
+FOLLOWING = ("matched", "bottom")
 
 #: Thresholds of the paper per kind of model (appendix B.1): α and β.
 PAPER: dict[str, dict[str, Any]] = {
@@ -82,7 +81,7 @@ def callback(
         task: What is trained.
         method: Who trains when.
         seed: Of the draws.
-        record: For ``matched``: the record of the run that it is matched to.
+        record: Of the run that the method is like, for policies that follow one.
 
     Raises:
         ValueError: If the policy is unknown.
@@ -97,7 +96,7 @@ def callback(
     arguments = dict(method.arguments)
     if method.policy in _DRAWN:
         arguments["seed"] = seed
-    if method.policy == "matched":
+    if method.policy in FOLLOWING and method.like is not None:
         arguments["record"] = record
     options = {
         "units": task.units,
@@ -134,8 +133,8 @@ def comparison(model: str) -> list[Method]:
         Method("random", "random", {"fraction": 0.5}),
         Method("random-units", "random", {"fraction": 0.5}, units),
         Method("multirate", "multirate", {"k": 5, "fast": 0.5}),
-        Method("bottom", "bottom", {"fraction": paper}),
+        Method("bottom", "bottom", like="mat"),
         Method("matched", "matched", like="mat"),
-        Method("mat-auto", "mat", {"alpha": "auto", "beta": 0}, units),
+        Method("mat-auto", "mat", {**paper, "alpha": "auto"}, units),
         Method("mat-budget", "mat", {"budget": 0.75}, units),
     ]

@@ -40,8 +40,9 @@ def episode(mat: MAT) -> dict[str, Any]:
 
     Returns:
         ``trained``: per ``layer|kind`` how many units train, and of how many. ``reasons``: how
-        often each. ``lambda_max``, where there was a probe: per ``layer|kind`` one value per unit,
-        or the quartiles where the model has many units.
+        often each. Where there was a probe, ``lambda_max``: per ``layer|kind`` one value per unit,
+        or the quartiles where the model has many units; and ``skew``: per kind the largest λ_max
+        over the median.
     """
     active, decision = mat.active, mat.decision
     members = groups(mat.part.layers, mat.part.kinds)
@@ -56,6 +57,8 @@ def episode(mat: MAT) -> dict[str, Any]:
             key: _quartiles(values[own]) if many else [number(v, 4) for v in values[own].tolist()]
             for key, own in members.items()
         }
+        kinds = groups([""] * len(mat.part), mat.part.kinds)
+        noted["skew"] = {key[1:]: _skew(values[own]) for key, own in kinds.items()}
     return noted
 
 
@@ -82,6 +85,10 @@ def shares_trained(steps_trained: torch.Tensor, steps: int) -> dict[str, int]:
     """
     percent = (100 * steps_trained / max(steps, 1)).round().int().tolist()
     return {str(share): count for share, count in sorted(Counter(percent).items())}
+
+
+def _skew(values: torch.Tensor) -> float | None:
+    return number(values.nan_to_num().max() / values.nanmedian(), 4)
 
 
 def _quartiles(values: torch.Tensor) -> list[float | None]:

@@ -23,7 +23,7 @@ __all__ = ["TITLE", "report", "runs", "train"]
 
 
 def runs(scale: str, seeds: Iterable[int]) -> list[Run]:
-    """Return plain training, MAT and random under both optimizers."""
+    """Return plain training and MAT, with both ways of skipping, under both optimizers."""
     return paired("optimizers", scale, tasks(scale, "optimizers"), METHODS, seeds)
 
 

@@ -42,7 +42,8 @@ def methods(shares: Iterable[float]) -> list[Method]:
     """Return the full run and, for every share, all that compete at about the same cost.
 
     All skip by units; ``lambda_max`` of the loss and random also by weights, marked ``weights``.
-    ``short`` costs what ``random`` does at that share.
+    ``matched`` draws as many units of each layer as ``lambda_max`` of the loss chooses; ``short``
+    costs what that costs, probes included.
     """
     found = [Method("full")]
     for share in shares:
@@ -51,6 +52,7 @@ def methods(shares: Iterable[float]) -> list[Method]:
             name = f"top-{criterion}-{output}{'-per-flop' if per_flop else ''}-{percent}"
             arguments = {"fraction": share, "criterion": criterion, "per_flop": per_flop}
             found.append(Method(name, "top", arguments, {"skip": "units", "output": output}))
+        like = f"top-lambda_max-loss-{percent}"
         loss = {"fraction": share, "criterion": "lambda_max"}
         draw = {"fraction": share}
         found += [
@@ -58,7 +60,8 @@ def methods(shares: Iterable[float]) -> list[Method]:
             Method(f"random-{percent}", "random", draw, {"skip": "units"}),
             Method(f"top-weights-{percent}", "top", loss, {"skip": "weights", "output": "loss"}),
             Method(f"random-weights-{percent}", "random", draw, {"skip": "weights"}),
-            Method(f"short-{percent}", plain="short", like=f"random-{percent}"),
+            Method(f"matched-{percent}", "matched", callback={"skip": "units"}, like=like),
+            Method(f"short-{percent}", plain="short", like=like),
         ]
     return found
 

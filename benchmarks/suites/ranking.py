@@ -1,8 +1,9 @@
 """Suite ``ranking``: how stable the order of the units by λ_max is.
 
-Plain training is stopped at three points. There, two disjoint sets of samples are probed, of 16, 64
-and 256 samples each, with each of the scalar outputs. Spearman's correlation of λ_max is taken
-inside each kind of unit: between the two sets, and between outputs over the same samples.
+Plain training is stopped at three points. There, two disjoint sets of samples are probed, of as
+many as the runs' own probes have and of 16, 64 and 256, with each of the scalar outputs.
+Spearman's correlation of λ_max is taken inside each kind of unit: between the two sets, and between
+outputs over the same samples.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def runs(scale: str, seeds: Iterable[int]) -> list[Run]:
 
 def train(run: Run, needed: Line | None, **options: Any) -> Line | None:
     """Train a run and measure on the way."""
-    ranker = Ranker(run.task.units, run.task.steps, PROBED[run.scale], run.seed)
+    sizes = sorted({run.task.n_samples, *PROBED[run.scale]})
+    ranker = Ranker(run.task.units, run.task.steps, sizes, run.seed)
     line = train_run(run, needed, observer=ranker, **options)
     return line and {**line, "ranking": ranker.found}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.suites.noted import episode, number
 from examples.record import Clock, FullStepCost
@@ -34,7 +36,11 @@ class Recorder(L.Callback):
         steps_trained: Steps in which each unit trained, int64 ``[L]``; None for plain training.
         forward_flops: FLOPs of a forward pass over one sample; 0 before the first validation.
         full_step_flops: FLOPs of a step in which everything trains; 0 before the second step.
+        batches: Checksums of the first batches, equal where data order and masks are.
     """
+
+    #: Batches of which the checksum is noted.
+    BATCHES = 8
 
     def __init__(
         self,
@@ -53,10 +59,18 @@ class Recorder(L.Callback):
         self.steps_trained: torch.Tensor | None = None
         self.forward_flops = 0.0
         self.full_step_flops = 0.0
+        self.batches: list[int] = []
         self._episode = 0
         self._counting = ExitStack()
 
     # ---- training ------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which batch comes."""
+        if len(self.batches) < self.BATCHES:
+            self.batches.append(checksum(batch))
 
     def on_train_batch_end(
         self,
@@ -167,6 +181,7 @@ class Recorder(L.Callback):
             "steps_trained": self.steps_trained,
             "forward_flops": self.forward_flops,
             "full_step_flops": self.full_step_flops,
+            "batches": self.batches,
             "episode": self._episode,
         }
 
@@ -176,4 +191,19 @@ class Recorder(L.Callback):
         self.steps_trained = state_dict["steps_trained"]
         self.forward_flops = state_dict["forward_flops"]
         self.full_step_flops = state_dict["full_step_flops"]
+        self.batches = list(state_dict["batches"])
         self._episode = state_dict["episode"]
+
+
+def checksum(batch: Any) -> int:
+    """Return the CRC-32 of all tensors of a batch.
+
+    Example:
+        >>> checksum({"a": torch.tensor([1])}) == checksum([torch.tensor([1])])
+        True
+    """
+    found = 0
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            found = zlib.crc32(leaf.detach().cpu().contiguous().view(torch.uint8).numpy(), found)
+    return found

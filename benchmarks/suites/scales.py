@@ -18,7 +18,7 @@ from benchmarks.suites.spec import Task
 
 SCALES = ("cpu", "gpu", "paper", "test")
 
-#: Samples of the probes of the suite ``ranking``.
+#: Samples of the probes of the suite ``ranking``, beside those of the task's own probes.
 PROBED = {"cpu": (16, 64, 256), "gpu": (16, 64, 256), "paper": (16, 64, 256), "test": (4, 8)}
 
 

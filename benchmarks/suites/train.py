@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from benchmarks.suites.build import freeze_lower_half, made
-from benchmarks.suites.methods import callback
+from benchmarks.suites.methods import FOLLOWING, callback
 from benchmarks.suites.noted import number, record_of, shares_trained
 from benchmarks.suites.recorder import Recorder
 from benchmarks.suites.results import Line
@@ -80,12 +80,15 @@ def train(
     """
     task, folder = run.task, work / run.key
     steps = task.steps if run.method.plain != "short" else shortened(run, needed)
-    every = -(-steps // task.points)
     L.seed_everything(run.seed, verbose=False)
     module, text = made(task, steps, run.seed, data)
+    every = -(-steps // task.points)
+    if task.metric == "accuracy" and len(text.train_dataloader()) < every:
+        # The accuracy of training is that of whole epochs.
+        every = -(-every // len(text.train_dataloader())) * len(text.train_dataloader())
     share = freeze_lower_half(module) if run.method.plain == "lower-half" else 1.0
     initial = digest(module)
-    record = record_of(needed) if needed and run.method.policy == "matched" else None
+    record = record_of(needed) if needed and run.method.policy in FOLLOWING else None
     special = callback(task, run.method, run.seed, record) or FullStepCost()
     clock, last = Clock(), folder / "last.ckpt"
     recorder = Recorder(clock, special, folder / "best.pt", task.metric, task.batch_size, share)
@@ -120,6 +123,7 @@ def train(
         **run.settings(),
         "steps": steps,
         "initial": initial,
+        "batches": recorder.batches,
         "corpus": text.describe(),
         **spent(recorder, steps),
         "curve": recorder.curve,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -182,6 +183,18 @@ class Gate:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def products(self) -> Tensor:
+        """What training a unit costs, in weight gradients of the unit: float64, shape ``[L]``.
+
+        With ``skip="units"`` a resting unit is spared a product of each of its weights for the
+        gradient that travels on, too, which costs as much as that for the weight. What attention
+        itself spares, and the layer behind a filter, is left out; the first layer of a network is
+        taken for one whose input needs a gradient.
+        """
+        cut = [self.skip == "units" and kind in CUT_KINDS for kind in self.part.kinds]
+        return torch.tensor(cut, dtype=torch.float64) + 1
 
     def _blocks(self, name: str, flags: list[bool]) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
         """Return what of a parameter trains, and what of it gradients travel through."""

@@ -1,6 +1,5 @@
 """BENCHMARKS.md: what it says follows from the result files, and nothing else."""
 
-import copy
 import json
 
 import pytest
@@ -128,7 +127,10 @@ def test_cost_until_the_full_runs_best_validation():
     assert found.until_target("short", "seconds") == {0: None}
     assert found.until_target("full", "seconds") == {0: 1.0}
     # At 50 s full has seen 7, mat 4.
-    assert found.at_equal_seconds("mat").mean == pytest.approx(-3)
+    assert found.at_equal("seconds", "mat").mean == pytest.approx(-3)
+    # At equal FLOPs both are at their ends.
+    assert found.at_equal("flops", "mat").mean == pytest.approx(-1)
+    assert "| `short` | – | – | – | 0 of 1 |" in comparison.target(found)
 
 
 def test_sentences_count_as_better_only_what_the_interval_calls_so():
@@ -147,7 +149,7 @@ def test_sentences_count_as_better_only_what_the_interval_calls_so():
     assert text.count(nothing) == 2
 
 
-def test_the_best_at_a_share_is_the_best_mean_and_its_rivals_are_named():
+def test_rankings_are_said_to_beat_what_their_intervals_say():
     runs = paired("pareto", "test", [_task()], _methods(), (0, 1, 2))
     losses = {"full": 5.0, "random-50%": 5.2, "short-50%": 5.4, "top-lambda_max-loss-50%": 5.1}
     lines = [line(r, loss=losses[r.method.name] + 0.01 * r.seed) for r in runs]
@@ -156,8 +158,35 @@ def test_the_best_at_a_share_is_the_best_mean_and_its_rivals_are_named():
     names = pareto.shares(found)["50%"]
     assert pareto.ranked(found, names)[0] == "top-lambda_max-loss-50%"
     text = sentences.same_cost([found])
-    assert "1 beat random units and 1 beat as few steps" in text
-    assert "best mean, `top-lambda_max-loss-50%`, was better beside `random-50%`" in text
+    assert "λ_max of the loss was better; of 1 rankings 1 beat `random-50%` and 1 beat" in text
+    for one in lines:
+        if one["method"]["name"].startswith("top"):
+            one["test_best"]["loss"] += (0.1, 0.2, -0.1)[one["seed"]]
+    text = sentences.same_cost([found])
+    assert "was no different from `random-50%`; of 1 rankings 0 beat `random-50%` and" in text
+
+
+def test_stability_is_the_least_and_the_largest_that_was_measured():
+    def point(sampled, between):
+        return {
+            "samples": {"sum_logits": {"16": sampled}},
+            "outputs": {"sum_logits vs loss": between},
+        }
+
+    [one] = suite({"full": (5.0,)})
+    one["ranking"] = [point({"head": 0.9, "ffn": 0.5}, {"head": 0.8, "ffn": None})]
+    one["ranking"].append(point({"head": 1.0, "ffn": None}, {"head": 0.0, "ffn": -0.2}))
+    text = sentences.stability(facts.sorted_facts([one]))
+    assert "0.50 to 1.00 (median 0.90) with 16 samples" in text
+    assert "it is -0.20 to 0.80 (median 0.00)" in text
+
+
+def test_lines_of_earlier_settings_are_left_out(tmp_path):
+    results = Results("bert", "cpu", tmp_path)
+    [first, second] = suite({"full": (5.0, 5.1)})
+    results.append(first)
+    results.append({**second, "key": "of-another-setting"})
+    assert [one["seed"] for one in page.load(tmp_path)["bert"]] == [0]
 
 
 def test_causes_say_who_rested_and_how_unequal_the_units_are():
@@ -165,7 +194,7 @@ def test_causes_say_who_rested_and_how_unequal_the_units_are():
     for one in lines:
         for episode in one["episodes"]:
             episode["trained"] = {"0|head": [1, 2], "1|head": [2, 2], "2|head": [0, 2]}
-            episode["lambda_max"] = {"0|head": [1.0, 2.0], "1|head": [2.0, None], "2|head": [9.0]}
+            episode["skew"] = {"head": 4.5}
     text = causes.section({"bert": lines})
     said = "| head | 4.5 | 50% | 100% | 0% | 100% |"
     assert f"| BERT tiny (bert) | `mat` {said} better | better | – |" in text
@@ -237,13 +266,21 @@ def test_tables_name_every_method_and_pair():
 def test_runs_that_started_apart_are_called_unpaired():
     lines = suite(BETTER)
     assert "All methods of a seed started from the same weights" in comparison.tables(lines)
+    for one in lines:
+        one["batches"] = [1, 2, 3][: one["steps"]]
+    assert "saw the same first batches" in comparison.tables(lines)
+    lines[5]["batches"] = [1, 7]
+    assert "Not paired: methods saw different batches with seed 2." in comparison.tables(lines)
     lines[4]["initial"] = "y"
     assert "Not paired: methods started from different weights with seed 1." in comparison.tables(
         lines
     )
 
 
-def test_settings_of_the_report_do_not_depend_on_the_order_of_lines():
+def test_differences_do_not_depend_on_the_order_of_lines():
     lines = suite(BETTER)
-    again = copy.deepcopy(lines)
-    assert comparison.tables(lines) == comparison.tables(again)
+    forward, backward = (
+        {method: facts.sorted_facts(some)[0].versus(method, "full") for method in BETTER}
+        for some in (lines, lines[::-1])
+    )
+    assert forward == pytest.approx(backward, nan_ok=True)

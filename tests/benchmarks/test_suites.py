@@ -34,6 +34,7 @@ METHODS = [
     Method("short", plain="short", like="mat"),
     Method("random", "random", {"fraction": 0.5}),
     Method("matched", "matched", like="mat"),
+    Method("bottom", "bottom", like="mat"),
 ]
 #: What differs between two machines, or two moments.
 VARYING = ("seconds", "probe_seconds", "environment", "rounds")
@@ -73,8 +74,8 @@ def test_doctests(package):
 
 def test_all_methods_of_a_seed_come_before_the_next_seed():
     runs = paired("bert", "test", [TASK], METHODS, (0, 1))
-    assert [run.seed for run in runs] == [0] * 5 + [1] * 5
-    assert len({run.key for run in runs}) == 10
+    assert [run.seed for run in runs] == [0] * len(METHODS) + [1] * len(METHODS)
+    assert len({run.key for run in runs}) == 2 * len(METHODS)
     for run in runs:
         if run.needs is not None:
             assert run.needs in runs[: runs.index(run)]
@@ -156,8 +157,14 @@ def test_a_line_has_what_the_report_needs(lines):
     json.dumps(mat, allow_nan=False)
 
 
-def test_methods_are_paired(lines):
+def test_methods_are_paired(lines, tmp_path):
     assert len({line["initial"] for line in lines.values()}) == 1
+    seen = lines["full"]["batches"]
+    assert len(set(seen)) == len(seen) == 6
+    for line in lines.values():
+        assert line["batches"] == seen[: line["steps"]]
+    [other] = trained(runs_of("full", seeds=(1,)), tmp_path).values()
+    assert not set(other["batches"]) & set(seen)
 
 
 def test_random_has_the_full_steps_cost_of_full(lines):
@@ -166,15 +173,19 @@ def test_random_has_the_full_steps_cost_of_full(lines):
     assert lines["random"]["probes"] == 0
 
 
-def test_short_costs_what_the_other_has_cost(lines):
-    short, mat = lines["short"], lines["mat"]
-    expected = round(mat["flops"] / mat["full_step_flops"])
-    assert short["steps"] == max(TASK.points, min(TASK.steps, expected))
+def test_short_costs_what_the_other_has_cost(tmp_path):
+    task = replace(TASK, steps=16, every=14)
+    found = trained(paired("bert", "test", [task], METHODS[1:3], (0,)), tmp_path)
+    short, mat = found["short"], found["mat"]
+    assert task.points < short["steps"] < task.steps
+    assert abs(short["flops"] - mat["flops"]) <= short["full_step_flops"] / 2
     assert short["curve"][-1]["step"] == short["steps"]
 
 
-def test_matched_trains_as_many_units_per_layer_and_episode(lines):
+def test_matched_and_bottom_train_as_many_units_in_each_episode(lines):
     assert record_of(lines["matched"]) == record_of(lines["mat"])
+    for ours, theirs in zip(record_of(lines["bottom"]), record_of(lines["mat"]), strict=True):
+        assert sum(ours.values()) == sum(theirs.values())
     with pytest.raises(ValueError, match="noted no episode"):
         record_of(lines["full"])
 
