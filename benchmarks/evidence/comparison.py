@@ -43,9 +43,11 @@ def sizes(facts: Facts) -> str:
     line = next(line for seeds in facts.lines.values() for line in seeds.values())
     corpus = ", ".join(f"{key} {value}" for key, value in line["corpus"].items())
     size = ", ".join(f"{key} {value}" for key, value in task["size"].items() if value is not None)
+    steps = task["head_start"]
+    start = f"; after a head start of {steps} plain steps" if steps else ""
     every = f"after {task['first']} {task['calendar']}, then every {task['every']}"
     return (
-        f"{size}; {corpus}; {task['steps']} steps of {task['batch_size']} samples, "
+        f"{size}; {corpus}{start}; {task['steps']} steps of {task['batch_size']} samples, "
         f"{task['precision']}; units: {task['units']}, episodes {every}, "
         f"{task['n_samples']} samples per probe. {pairing(facts)}"
     )

@@ -26,20 +26,21 @@ The same seeds give every method the same initial weights, data order and masks.
 taken per seed; shown are its mean ± standard error over the seeds and a 95% interval (Student's t).
 Where the interval covers zero the page says "no difference seen": with so few seeds that is no
 proof that there is none. Test results are those of the weights with the best validation result.
-Seconds are of training with its probes, without validation. FLOPs are counted from the operations
-that ran, probes included; "paper's rule" takes a backward pass for two forward passes and lets
-resting units cost nothing in it, by their share of all units, also with the probes added.
-`short` is plain training cut to the counted FLOPs of a method, its learning-rate schedule with it.
-At equal seconds or FLOPs, a run's learning rate may not have fallen as far as that of a shorter
-one: `short` is the fair rival. What it takes to a target is given where all seeds got there.
-Targets are of validation results; test results are there at the end alone. `bottom` and `matched`
-train as many units as `mat` did in each episode. `multirate` changes its decision in two of five
-steps, and every change makes the plans of gate and optimizer anew, which its seconds show.
+Seconds are of training with its probes, without validation; of a run on one thread of a CPU they
+are those that its process was given, which what else runs on the machine does not lengthen. FLOPs
+are counted from the operations that ran, probes included; "paper's rule" takes a backward pass for
+two forward passes and lets resting units cost nothing in it, by their share of all units, also with
+the probes added. `short` is plain training cut to the counted FLOPs of a method, its learning-rate
+schedule with it. At equal seconds or FLOPs, a run's learning rate may not have fallen as far as
+that of a shorter one: `short` is the fair rival. What it takes to a target is given where all seeds
+got there. Targets are of validation results; test results are there at the end alone. `bottom` and
+`matched` train as many units as `mat` did in each episode. `multirate` changes its decision in two
+of five steps, and every change makes the plans of gate and optimizer anew, which its seconds show.
 Intervals stand for themselves: where many methods are compared, some fall off zero by chance."""
 
 MACHINES = (
-    "Results of machines with several users have seconds that move by several percent from run to "
-    "run; ratios of FLOPs do not."
+    "Seconds on machines that do other things, too, still move by some percent from run to run, as "
+    "caches and memory are shared; ratios of FLOPs do not."
 )
 
 

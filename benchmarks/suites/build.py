@@ -25,7 +25,7 @@ from examples.models.mlm import BertMLM, SwitchMLM
 from examples.models.sentiment import SentimentClassifier
 
 
-def made(
+def built(
     task: Task, steps: int, seed: int, data: Path | None
 ) -> tuple[L.LightningModule, L.LightningDataModule]:
     """Return the module, drawn from the global random stream, and its data.

@@ -19,12 +19,12 @@ import lightning as L
 import torch
 
 from benchmarks.suites import ranking
-from benchmarks.suites.build import made
 from benchmarks.suites.overhead import ROUNDS, StepTimes
 from benchmarks.suites.results import RESULTS, Results, slug
 from benchmarks.suites.runner import Place
 from benchmarks.suites.scales import PROBED
 from benchmarks.suites.spec import Run, Task
+from benchmarks.suites.start import made
 from benchmarks.suites.train import machine
 from benchmarks.tabular import markdown
 from lightning_mat import mntk, partition
@@ -154,7 +154,7 @@ def listing(runs: Mapping[str, Sequence[Run]], place: Place) -> str:
 
 def fingerprint(task: Task) -> str:
     """Return a key of everything that a step's cost depends on."""
-    names = ("model", "size", "data", "batch_size", "units", "n_samples", "precision")
+    names = ("model", "size", "data", "batch_size", "units", "n_samples", "precision", "head_start")
     text = json.dumps({name: getattr(task, name) for name in names}, sort_keys=True)
     return f"{task.model}-{task.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

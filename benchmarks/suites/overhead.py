@@ -20,11 +20,11 @@ import lightning as L
 import torch
 
 from benchmarks.evidence import overhead
-from benchmarks.suites.build import made
 from benchmarks.suites.methods import PAPER, callback
 from benchmarks.suites.results import Line
 from benchmarks.suites.scales import tasks
 from benchmarks.suites.spec import Method, Run, Task, paired
+from benchmarks.suites.start import made
 from benchmarks.suites.train import machine
 from examples.record import Clock
 from lightning_mat import MATCallback
@@ -42,10 +42,10 @@ __all__ = ["TITLE", "report", "runs", "train"]
 class StepTimes(L.Callback):
     """Notes the seconds from the beginning of one step to that of the next."""
 
-    def __init__(self) -> None:
-        """Start with nothing noted."""
+    def __init__(self, own: bool = False) -> None:
+        """Start with nothing noted; ``own`` as for the clock."""
         self.seconds: list[float] = []
-        self._clock = Clock()
+        self._clock = Clock(own)
         self._last = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,7 +78,7 @@ def measure(task: Task, seed: int, data: Path | None, device: str) -> dict[str, 
     for name, special in _ways(task, seed).items():
         L.seed_everything(seed, verbose=False)
         module, text = made(task, task.steps, seed, data)
-        times = StepTimes()
+        times = StepTimes(own=device == "cpu" and torch.get_num_threads() == 1)
         trainer = L.Trainer(
             max_steps=task.steps,
             accelerator="gpu" if device.startswith("cuda") else "cpu",

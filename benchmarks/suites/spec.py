@@ -43,6 +43,7 @@ class Task:
         n_samples: Samples of a probe.
         points: Validations of a run, the last one after the last step.
         precision: Of the Trainer.
+        head_start: Plain steps that all runs begin after, see :mod:`benchmarks.suites.start`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Task:
     calendar: str = "steps"
     points: int = 12
     precision: str = "32-true"
+    head_start: int = 0
 
     @property
     def metric(self) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.suites.build import freeze_lower_half, made
+from benchmarks.suites.build import freeze_lower_half
 from benchmarks.suites.methods import FOLLOWING, callback
 from benchmarks.suites.noted import number, record_of, shares_trained
 from benchmarks.suites.recorder import Recorder
 from benchmarks.suites.results import Line
 from benchmarks.suites.spec import Run
+from benchmarks.suites.start import made
 from benchmarks.suites.stats import best_point
 from examples.record import Clock, FullStepCost
 from lightning_mat import MATCallback
@@ -90,7 +91,8 @@ def train(
     initial = digest(module)
     record = record_of(needed) if needed and run.method.policy in FOLLOWING else None
     special = callback(task, run.method, run.seed, record) or FullStepCost()
-    clock, last = Clock(), folder / "last.ckpt"
+    own = device == "cpu" and torch.get_num_threads() == 1
+    clock, last = Clock(own), folder / "last.ckpt"
     recorder = Recorder(clock, special, folder / "best.pt", task.metric, task.batch_size, share)
     trainer = L.Trainer(
         max_steps=steps,
@@ -124,6 +126,7 @@ def train(
         "steps": steps,
         "initial": initial,
         "batches": recorder.batches,
+        "clock": "process" if own else "wall",
         "corpus": text.describe(),
         **spent(recorder, steps),
         "curve": recorder.curve,

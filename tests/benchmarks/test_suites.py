@@ -167,6 +167,18 @@ def test_methods_are_paired(lines, tmp_path):
     assert not set(other["batches"]) & set(seen)
 
 
+def test_all_runs_begin_after_one_head_start(lines, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    task = replace(TASK, head_start=3)
+    runs = paired("bert", "test", [task], [METHODS[0], METHODS[3]], (0, 1))
+    found = [train(run, None, data=None, work=tmp_path) for run in runs]
+    assert len({line["initial"] for line in found} | {lines["full"]["initial"]}) == 2
+    assert len(list((tmp_path / "cache/lightning-mat/starts").iterdir())) == 1
+    # Whether it had to be trained first makes no difference.
+    assert settled(train(runs[0], None, data=None, work=tmp_path)) == settled(found[0])
+    assert found[0]["batches"] == lines["full"]["batches"]
+
+
 def test_random_has_the_full_steps_cost_of_full(lines):
     assert lines["random"]["full_step_flops"] == lines["full"]["full_step_flops"]
     assert lines["random"]["flops"] < lines["full"]["flops"]
