@@ -6,7 +6,8 @@ and is what the project's tests run. ``python -m benchmarks calibrate`` measures
 ``python -m benchmarks list`` multiplies it out.
 
 Batches of text have ``length · batch_size`` word pieces, 15% of them masked. At ``cpu`` the text
-models start from a pretrained encoder's lowest layers, see :mod:`benchmarks.suites.pretrained`.
+models start from a pretrained encoder's lowest layers, see :mod:`benchmarks.suites.pretrained`, and
+after a head start, see :mod:`benchmarks.suites.start`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _bert(size: str, length: int, **more: Any) -> dict[str, Any]:
 def _pretrained(layers: int) -> dict[str, Any]:
     return {
         **{"pretrained": layers, "max_length": 64, "dropout": 0.0},
-        **{"optimizer": "adamw", "lr": 1e-3},
+        **{"optimizer": "adamw", "lr": 5e-4},
     }
 
 
@@ -48,10 +49,11 @@ _CPU_BERT = Task(
     steps=200,
     batch_size=8,
     units="heads+ffn",
-    first=35,
-    every=55,
-    n_samples=8,
+    first=20,
+    every=60,
+    n_samples=6,
     points=8,
+    head_start=300,
 )
 _CPU_SWITCH = Task(
     name="minilm-2",
@@ -61,10 +63,11 @@ _CPU_SWITCH = Task(
     steps=200,
     batch_size=8,
     units="heads+experts",
-    first=35,
-    every=55,
-    n_samples=8,
+    first=20,
+    every=60,
+    n_samples=6,
     points=8,
+    head_start=300,
 )
 _CPU_VGG = Task(
     name="width-16",
@@ -88,7 +91,7 @@ _CPU_REVIEWS = Task(
     units="heads+ffn",
     first=16,
     every=38,
-    n_samples=8,
+    n_samples=6,
     points=6,
 )
 
@@ -241,12 +244,12 @@ TASKS: dict[str, dict[str, list[Task]]] = {
         "bert": [_CPU_BERT],
         "switch": [_CPU_SWITCH],
         "vgg": [_CPU_VGG],
-        "pareto": [replace(_CPU_BERT, steps=160, every=63, n_samples=6)],
+        "pareto": [replace(_CPU_BERT, steps=160, first=10, every=75)],
         "finetune": [_CPU_REVIEWS],
         "optimizers": _both_optimizers(_CPU_BERT),
         # From random weights: what is saved is measured here, not what is learned.
         "sizes": _sizes(
-            replace(_CPU_BERT, name="", size=_bert("mini", 64)),
+            replace(_CPU_BERT, name="", size=_bert("mini", 64), head_start=0),
             {"mini": 120, "small": 80, "medium": 60},
             probes=1,
         ),

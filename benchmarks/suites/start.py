@@ -25,6 +25,9 @@ from lightning_mat.mntk.quiet import kept_random_streams
 SEED = 1000
 #: How the head start trains, whatever the runs after it do.
 RECIPE = {"optimizer": "adamw", "lr": 1e-3}
+#: Its learning rate is that of the beginning of a run so many times as long: a start that had been
+#: cooled down would leave little to learn in a short run.
+OF_A_LONGER_RUN = 3
 
 
 def made(
@@ -61,7 +64,8 @@ def key(task: Task) -> str:
         False
     """
     size = {**task.size, **RECIPE}
-    settings = [task.model, size, task.data, task.batch_size, task.head_start, SEED]
+    steps = [task.head_start, OF_A_LONGER_RUN]
+    settings = [task.model, size, task.data, task.batch_size, steps, SEED]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return f"{task.model}-{task.head_start}-{digest}"
 
@@ -72,7 +76,7 @@ def _train(task: Task, data: Path | None, path: Path) -> None:
         f"  {task.model} {task.name}: {task.head_start} plain steps before all runs, once",
         flush=True,
     )
-    module, text = built(start, task.head_start, SEED, data)
+    module, text = built(start, OF_A_LONGER_RUN * task.head_start, SEED, data)
     trainer = L.Trainer(
         max_steps=task.head_start,
         accelerator="cpu",
