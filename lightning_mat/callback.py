@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,6 +26,7 @@ from lightning_mat.mntk.outputs import Forward, Output, check_output
 from lightning_mat.mntk.probe import check_settings
 from lightning_mat.optim.waking import WAKING
 from lightning_mat.parallel.batches import same_batch
+from lightning_mat.parallel.ranks import together
 from lightning_mat.parallel.ready import Ready
 from lightning_mat.parallel.strategy import MATDDPStrategy
 from lightning_mat.policies import MAT as MATPolicy
@@ -427,9 +427,6 @@ class MATCallback(Callback):
             raise RuntimeError("MATCallback has not seen a fit yet: call Trainer.fit first")
         return self.mat
 
-    def _loader(self, trainer: pl.Trainer) -> object:
-        return trainer.train_dataloader if self.probe_data is None else self.probe_data
-
     def _begin_episode(
         self,
         trainer: pl.Trainer,
@@ -468,15 +465,17 @@ class MATCallback(Callback):
     def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
         """Return a batch from the training set, on the device, as a training step would get it."""
         mat = self._mat()
-        with nullcontext() if mat.ranks is None else mat.ranks.together("drawing samples"):
-            loader = check_loader(self._loader(trainer), self.n_samples)
+        data = trainer.train_dataloader if self.probe_data is None else self.probe_data
+        with together(mat.ranks, "drawing samples"):
+            loader = check_loader(data, self.n_samples)
             # Samples that cannot be read are not drawn again.
             batch = draw(loader, self.n_samples, self.seed, mat.probes + mat.skipped)
         if mat.ranks is not None:
             batch = same_batch(batch, mat.ranks)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch)
-        return trainer.strategy.batch_to_device(batch)
+        with together(mat.ranks, "bringing samples to the device"):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.lightning_module._on_before_batch_transfer(batch)
+            return trainer.strategy.batch_to_device(batch)
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._ledger.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,7 +26,9 @@ def same_batch(batch: Any, ranks: Ranks) -> Any:
             there is is sent, but not looked at.
         ranks: The processes.
     """
-    digests = ranks.of_all(digest(batch))
+    with ranks.together("comparing samples"):
+        own = digest(batch)
+    digests = ranks.of_all(own)
     if len(set(digests)) == 1:
         return batch
     other = next(i for i, value in enumerate(digests) if value != digests[0])
@@ -35,7 +38,12 @@ def same_batch(batch: Any, ranks: Ranks) -> Any:
             "process had a data set of its own: all measure with those of process 0",
             stacklevel=2,
         )
-    return ranks.from_first(batch)
+    # Where a rank fails, none may be on its way to the others.
+    with ranks.together("packing samples"):
+        packed = pickle.dumps(batch) if ranks.rank == 0 else b""
+    packed = ranks.from_first(packed)
+    with ranks.together("unpacking samples"):
+        return pickle.loads(packed)
 
 
 def digest(batch: Any) -> str:

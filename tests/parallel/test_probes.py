@@ -9,19 +9,24 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
 from lightning_mat import MAT, Partition, partition, policies
 from lightning_mat.faults import severity
 from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.probe import Probe
+from lightning_mat.parallel import batches
 from lightning_mat.parallel.batches import digest, same_batch
 from lightning_mat.parallel.probing import SharedProbe, some_of
 from lightning_mat.parallel.ranks import Ranks
 from lightning_mat.parallel.shares import share_of_probe, share_out
+from lightning_mat.parallel.whole import Whole
 from lightning_mat.sampling import draw
-from tests.parallel import cases
+from lightning_mat.shards import local_of, reshard
+from tests.parallel import cases, sharded
 
 CPU = torch.device("cpu")
 
@@ -228,6 +233,139 @@ def test_a_probe_that_one_rank_cannot_draw_is_skipped_on_all(
     first, second = on_both(unreadable)
     assert first == second
     assert first[1:] == (2, 1)
+
+
+SAMPLES = 7  # of a probe, no number of a step
+
+
+def failing_at(place: str, folder: Path) -> Any:
+    """Train where one rank fails at the samples of the second of three probes."""
+    calls = 0
+
+    def fails(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            # The first look at the model comes before the three probes.
+            calls += any(isinstance(a, (list, tuple)) and len(a[0]) == SAMPLES for a in args)
+            if calls == 3 and torch.distributed.get_rank() == 1:
+                calls += 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return function(*args, **options)
+
+        return called
+
+    owner, name = {
+        "hook": (cases.Net, "on_before_batch_transfer"),
+        "transfer": (DDPStrategy, "batch_to_device"),
+        "digest": (batches, "digest"),
+    }[place]
+    mat = {"alpha": "auto", "every_n_steps": 4, "n_samples": SAMPLES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fails(getattr(owner, name)))
+        _, record, callback, _ = cases.fit(folder, ("ddp", {}), mat=mat)
+    summary = callback.summary()
+    return record.active, summary["probes"], summary["skipped_probes"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["hook", "transfer", "digest"])
+def test_samples_that_one_rank_cannot_take_skip_the_probe_on_all(
+    place: str, tmp_path: Path, on_both: Callable[..., list[Any]]
+) -> None:
+    first, second = on_both(failing_at, place, tmp_path)
+    assert first == second
+    assert first[1:] == (2, 1)
+
+
+class Heavy(torch.Tensor):
+    """A buffer that does not fit the memory a second time."""
+
+    fits = True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.clone and not cls.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def without_room(place: str) -> Any:
+    """Probe three times; in the second one rank has no memory for what the ranks exchange."""
+    ranks = Ranks(CPU)
+    if place == "buffers":
+        model, batch = stack(4), x()
+        model[0].register_buffer("heavy", torch.zeros(3).as_subclass(Heavy))
+        part = partition(model, "layers")
+    else:
+        model, batch = sharded.cut(sharded.net()), sharded.samples(8)[0]
+        part = Partition(sharded.units(model), model)
+    mat = MAT(model, (), part, ranks=ranks)
+    allocate = Whole._allocate
+
+    def without(*size: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def full(whole: Whole) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", without)
+            return allocate(whole)
+
+    decided = []
+    for probe in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            if probe == 1 and ranks.rank == 1:
+                patch.setattr(Heavy, "fits", False)
+                patch.setattr(Whole, "_allocate", full)
+            mat.update(batch, step=probe)
+        decided.append(mat.decision.digest())
+    mat.close()
+    return decided, mat.probes, mat.skipped
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["buffers", "parameters"])
+def test_a_rank_without_memory_for_what_is_exchanged_skips_the_probe_on_all(
+    place: str, on_both: Callable[..., list[Any]]
+) -> None:
+    first, second = on_both(without_room, place)
+    assert first == second
+    assert first[1:] == (2, 1)
+
+
+class Asked(TorchDispatchMode):
+    """Notes the operations whose result is in memory of its own."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel():
+            own = result.untyped_storage().data_ptr() not in self._known
+            self.found += [str(func)] * own
+        return result
+
+
+def gathered() -> Any:
+    """Return what gathering a sharded model allocates, and whether it is the model."""
+    model = sharded.cut(sharded.net())
+    whole = Whole(model, Ranks(CPU))
+    reshard(model)
+    room = whole._allocate()
+    known = [*room, *whole._stand_ins.values(), *map(local_of, whole._stand_ins)]
+    with Asked(known) as asked:
+        whole._gather(*room)
+    full = [p.full_tensor() for p in whole._stand_ins]
+    return asked.found, all(map(torch.equal, full, whole._stand_ins.values()))
+
+
+def test_gathering_a_model_asks_for_no_memory(on_both: Callable[..., list[Any]]) -> None:
+    """Where it did, a rank that lacks some would leave the others waiting for its rows."""
+    for found, same in on_both(gathered):
+        assert found == []
+        assert same
 
 
 def differing() -> Any:
