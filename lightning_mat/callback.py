@@ -103,7 +103,8 @@ class MATCallback(Callback):
     units and all follow one decision; with ``"ddp_mat"``, see
     :class:`lightning_mat.parallel.MATDDPStrategy`, gradients of what rests do not travel. With
     ``ModelParallelStrategy`` and ``fully_shard`` on each block a probe needs memory for the whole
-    model on every rank, see ``docs/scaling.md``. FLOPs and seconds are those of one process.
+    model on every rank, see ``docs/scaling.md``. FLOPs and seconds are those of one process, of a
+    probe's FLOPs the mean over the processes.
 
     Parameters that are frozen when the fit starts stay frozen and belong to no unit. Those that are
     unfrozen later, for instance by Lightning's ``BaseFinetuning``, always train.
@@ -405,11 +406,12 @@ class MATCallback(Callback):
 
         Returns:
             ``flops``: counted, of the training steps and the probes. ``probe_flops``: of the
-            probes. ``probe_seconds`` and ``seconds``: wall clock, of the probes, and of the
-            training batches and the probes. ``trained_share``: mean share of the units that
-            trained, over the batches. ``full_step_flops``: per sample, with everything training,
-            as counted in the warm-up; without one, the first step's plus the weight gradients of
-            what rested in it, which is a lower bound.
+            probes, with the look at the model before the first. ``probe_seconds`` and ``seconds``:
+            wall clock, of the same, and of the training batches and the probes.
+            ``trained_share``: mean share of the units that trained, over the batches.
+            ``full_step_flops``: per sample, with everything training, as counted in the warm-up;
+            without one, the first step's plus the weight gradients of what rested in it, which is a
+            lower bound.
             ``probes``: how many. ``skipped_probes``: how many could not be measured.
         """
         return run_summary(self._mat(), self._ledger)

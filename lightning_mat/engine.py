@@ -6,7 +6,8 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ class MAT:
         self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
+        self._processes = 1 if ranks is None else ranks.size
         self._sharded = check_shards(model, 0 if ranks is None else ranks.size)
         self.part = units if isinstance(units, Partition) else partition(model, units)
         self.policy = MATPolicy() if policy is None else policy
@@ -166,6 +168,7 @@ class MAT:
         self.probe_seconds = 0.0
         self.probe_flops = 0
         self._flops_of_one: int | None = None
+        self._look: tuple[int, float] | None = None  # FLOPs and seconds, not charged yet
 
     @property
     def active(self) -> torch.Tensor:
@@ -243,30 +246,53 @@ class MAT:
 
     def prepare(self, batch: Any) -> None:
         """Look at the model with a few samples, to find early what cannot be measured."""
+        start = time.perf_counter()
+        with self._ungated(), flops.count() as counter:
+            self.probe.prepare(batch)
+        self._look = self._mean(counter.total), time.perf_counter() - start
+
+    def measure(self, batch: Any) -> Spectra:
+        """Return the spectra over a batch of samples, and account for what that cost.
+
+        The look before the first probe is charged with it; so is the one before the second where
+        several processes share out anew by what the first counted. A resumed run looks once more,
+        and is charged as one that was never stopped.
+        """
+        counts = self._flops_of_one is None
+        if counts and self._look is None:
+            self.prepare(batch)
+        shares_anew = isinstance(self.probe, SharedProbe) and not self.probe.settled
+        counting: AbstractContextManager[flops.FlopCount | None]
+        counting = flops.count() if counts else nullcontext()
+        start = time.perf_counter()
+        try:
+            with self._ungated(), counting as counter:
+                spectra = self.probe.measure(batch)
+        finally:
+            self.probe_seconds += time.perf_counter() - start
+        of_one = self._flops_of_one or 0
+        if counter is not None and self._look is not None:
+            of_one, (of_look, seconds), self._look = self._mean(counter.total), self._look, None
+            self.probe_flops += of_look
+            self.probe_seconds += seconds
+        self.probes += 1
+        self.probe_flops += of_one
+        self._flops_of_one = None if shares_anew else of_one
+        return spectra
+
+    @contextmanager
+    def _ungated(self) -> Iterator[None]:
         self.gate.remove()
         try:
-            self.probe.prepare(batch)
+            yield
         finally:
             self.gate.apply(self.active)
 
-    def measure(self, batch: Any) -> Spectra:
-        """Return the spectra over a batch of samples, and account for what that cost."""
-        start = time.perf_counter()
-        self.gate.remove()
-        try:
-            # Several processes share out anew after the first probe, by what it counted.
-            if self._flops_of_one is None or (self.ranks is not None and self.probes == 1):
-                with flops.count() as counter:
-                    spectra = self.probe.measure(batch)
-                self._flops_of_one = counter.total
-            else:
-                spectra = self.probe.measure(batch)
-        finally:
-            self.gate.apply(self.active)
-            self.probe_seconds += time.perf_counter() - start
-        self.probes += 1
-        self.probe_flops += self._flops_of_one
-        return spectra
+    def _mean(self, count: int) -> int:
+        """Return the mean over the ranks, which checkpoints of one can hold for all."""
+        if self.ranks is None:
+            return count
+        return int(self.ranks.sum(torch.tensor(count))) // self.ranks.size
 
     def table(self) -> UnitTable:
         """Return what a policy may know of the units."""
@@ -306,6 +332,8 @@ class MAT:
             "skipped": self.skipped,
             "probe_seconds": self.probe_seconds,
             "probe_flops": self.probe_flops,
+            "flops_of_one": self._flops_of_one,
+            "processes": self._processes,
             "shared": self.probe.state_dict() if isinstance(self.probe, SharedProbe) else {},
             "optimizers": [o.state_beside() for o in self.optimizers] if self._sharded else [],
         }
@@ -327,10 +355,11 @@ class MAT:
         """
         history, decision = History(), Decision.from_state_dict(state["decision"])
         history.load_state_dict(state["history"])
-        saved, own = list(state["units"]), self.part.names
-        cut = recut(state, own, self._slices)
-        if saved != list(own) or cut:
-            difference = unit_diff(saved, own, cut)
+        saved, names = list(state["units"]), self.part.names
+        cut = recut(state, names, self._slices)
+        others = saved != list(names) or bool(cut)
+        if others:
+            difference = unit_diff(saved, names, cut)
             if self.on_partition_change == "refuse":
                 raise ValueError(
                     f"the saved state is of other units: {difference}. Resume with the model and "
@@ -341,7 +370,7 @@ class MAT:
                 f"the saved state is of other units, and is mapped by their names: {difference}",
                 stacklevel=2,
             )
-            history = history.of(own, new=cut)
+            history = history.of(names, new=cut)
             decision = mapped_decision(decision, saved, self.part, new=cut)
         self.history, self.decision = history, decision
         self.full_cost = float(state["full_cost"])
@@ -350,8 +379,11 @@ class MAT:
         self.skipped = int(state.get("skipped", 0))
         self.probe_seconds = float(state["probe_seconds"])
         self.probe_flops = int(state["probe_flops"])
+        # What was counted says who measures what, and holds for those units and processes alone.
         if isinstance(self.probe, SharedProbe):
-            self.probe.load_state_dict(state.get("shared", {}))
+            self.probe.load_state_dict({} if others else state.get("shared", {}))
+        known = not others and state.get("processes") == self._processes
+        self._flops_of_one = state.get("flops_of_one") if known else None
         beside = state.get("optimizers", ())
         if self._sharded and not beside and any(o.inner.state for o in self.optimizers):
             warnings.warn(
@@ -360,8 +392,8 @@ class MAT:
                 "highest of its parameter",
                 stacklevel=2,
             )
-        for optimizer, own in zip(self.optimizers, beside, strict=False):
-            optimizer.load_state_beside(own)
+        for optimizer, held in zip(self.optimizers, beside, strict=False):
+            optimizer.load_state_beside(held)
         self.spectra = None
         self.apply()
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, DistributedSampler, SubsetRandomSampler, TensorDataset
 
-from lightning_mat import MAT, Partition, partition, policies
+from lightning_mat import MAT, Partition, flops, partition, policies
 from lightning_mat.faults import severity
 from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.probe import Probe
@@ -122,6 +122,50 @@ def test_shared_probes_measure_what_one_process_does(
     torch.testing.assert_close(first[0], expected.eigenvalues, rtol=1e-9, atol=1e-9)
     assert torch.equal(first[2], expected.cost)
     assert sorted(first[4] + second[4]) == list(range(len(part)))
+
+
+def charged(shared: bool) -> Any:
+    """Return the FLOPs that two runs of three probes count, one resumed, and those that ran.
+
+    Args:
+        shared: Whether the ranks probe together.
+    """
+    ranks = Ranks(CPU) if shared else None
+    model = stack(6)
+
+    def engine() -> MAT:
+        return MAT(model, (), partition(model, "layers"), ranks=ranks)
+
+    mat = engine()
+    with flops.count() as ran:
+        for probe in range(3):
+            mat.update(x(), step=probe)
+    total = ran.total if ranks is None else float(ranks.sum(torch.tensor(ran.total))) / ranks.size
+    found = [mat.probe_flops]
+    mat.close()
+    for stops in (0, 1, 2):
+        resumed = engine()
+        for probe in range(3):
+            if probe == stops:
+                state = resumed.state_dict()
+                resumed.close()
+                resumed = engine()
+                resumed.load_state_dict(state)
+                resumed.prepare(x())
+            resumed.update(x(), step=probe)
+        found.append(resumed.probe_flops)
+        resumed.close()
+    return found, total
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_operation_of_a_probe_is_charged_once(on_both: Callable[..., list[Any]]) -> None:
+    found, total = charged(False)
+    assert found == [total] * 4
+    first, second = on_both(charged, True)
+    assert first == second
+    assert len(set(first[0])) == 1
+    assert first[0][0] == pytest.approx(first[1], abs=5)  # means are rounded down
 
 
 def disagreeing() -> Any:

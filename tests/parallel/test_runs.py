@@ -205,6 +205,7 @@ def stopped_and_resumed(folder: Path, name: str) -> Any:
                 "lambda_max": state["history"]["lambda_max"],
                 "shared": state["shared"]["cost"],
                 "decision": adaptive.mat.decision.digest(),
+                "summary": {k: v for k, v in adaptive.summary().items() if "seconds" not in k},
             }
         )
     return ends
@@ -217,6 +218,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     (whole, resumed), other = on_both(stopped_and_resumed, tmp_path, name)
     assert whole["decision"] == resumed["decision"] == other[0]["decision"]
+    assert whole["summary"] == resumed["summary"] == other[0]["summary"] == other[1]["summary"]
     for key in ("weights", "moments"):
         assert all(map(torch.equal, whole[key], resumed[key]))
         assert all(map(torch.equal, whole[key], other[1][key]))
