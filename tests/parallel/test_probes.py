@@ -168,6 +168,43 @@ def test_every_operation_of_a_probe_is_charged_once(on_both: Callable[..., list[
     assert first[0][0] == pytest.approx(first[1], abs=5)  # means are rounded down
 
 
+def mapped(layers: list[int], names: list[str]) -> Any:
+    """Go on with other units; return what was known of costs, and two probes' eigenvalues."""
+    ranks, model = Ranks(CPU), stack(8)
+
+    def of(some: list[int]) -> Partition:
+        return some_of(partition(model, "layers"), some)
+
+    mat = MAT(model, (), of([0, 2, 4]), ranks=ranks)
+    mat.update(x(), step=0)
+    state = mat.state_dict()
+    mat.close()
+    mat = MAT(model, (), of(layers), ranks=ranks, on_partition_change="map")
+    mat.load_state_dict(state)
+    mat.check_ranks()
+    found = [mat.state_dict()["shared"]["cost"]]
+    for step in (1, 2):
+        mat.update(x(), step=step)
+        found.append(mat.spectra.eigenvalues)
+    mat.close()
+    assert list(mat.part.names) == names
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5, 6], [1, 4, 7], [4]])
+def test_other_units_are_shared_out_by_their_own_costs(
+    layers: list[int], on_both: Callable[..., list[Any]]
+) -> None:
+    model = stack(8)
+    part = some_of(partition(model, "layers"), layers)
+    expected = Probe(model, part).measure(x()).eigenvalues
+    for cost, *found in on_both(mapped, layers, list(part.names)):
+        assert cost is None
+        for eigenvalues in found:
+            torch.testing.assert_close(eigenvalues, expected, rtol=1e-9, atol=1e-9)
+
+
 def disagreeing() -> Any:
     """Return the errors of what ranks do differently."""
     ranks, found = Ranks(CPU), []
