@@ -297,7 +297,7 @@ class MATCallback(Callback):
         """Begin an episode where one is due; count the FLOPs of its first step."""
         if self.schedule.ready(self.should_probe(trainer, batch_idx)):
             # A signal or an error may have a checkpoint saved while the episode is half begun.
-            self._undecided = None if self._steps_alone else self.state_dict()
+            self._undecided = self._before_episode()
             self._begin_episode(trainer, pl_module, batch)
             self._undecided = None
         self._step_before = trainer.global_step
@@ -381,15 +381,18 @@ class MATCallback(Callback):
 
         While an episode begins, it is the state before: a run resumed from it begins the episode.
         """
-        if self._undecided is not None:
+        if self._undecided is not None and not self._steps_alone:
             return self._undecided
         if self.mat is None or self._restored is not None:
             return self._loaded
-        return {
+        state = {
             "mat": self.mat.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
         }
+        for part, before in (self._undecided or {}).items():
+            state[part] |= before
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved run's state until its training starts."""
@@ -463,6 +466,14 @@ class MATCallback(Callback):
             self._keeper.append(Probe(mat.spectra, decision, mat.table(), step, epoch, seconds))
         for line in decision.summary().splitlines():
             rank_zero_info(f"MAT at step {trainer.global_step}: {line}")
+
+    def _before_episode(self) -> dict[str, Any]:
+        """Return the state that an episode's beginning changes: all, or what single steps can."""
+        if not self._steps_alone:
+            return self.state_dict()
+        mat = self._mat()
+        decision = {"decision": mat.decision.state_dict(), "episode": mat.episode}
+        return {"mat": decision, "schedule": self.schedule.state_dict()}
 
     def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
         """Return a batch from the training set, on the device, as a training step would get it."""
