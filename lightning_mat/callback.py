@@ -285,7 +285,7 @@ class MATCallback(Callback):
             mat.prepare(self._samples_for_probe(trainer))
         self._keeper = Keeper(run_folder(trainer), keep_eigenvalues=self.keep_eigenvalues)
         if trainer.is_global_zero:
-            self._keeper.begin(trainer.global_step)
+            self._keeper.begin(trainer.global_step, len(mat.history))
 
     def on_train_batch_start(
         self,

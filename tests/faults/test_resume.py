@@ -185,6 +185,22 @@ def test_after_an_exception(
         whole.check(*fit(tmp_path, log, ckpt_path=tmp_path / f"{name}.ckpt"))
 
 
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step"])
+def test_after_an_exception_in_the_first_batch(hook: str, tmp_path: Path) -> None:
+    """The probe before the first step is in the checkpoint of step 0, and stays in the file."""
+    # A dry run: otherwise the cost of a full step is made up from the spectra of the first probe.
+    options = {"warmup_epochs": 0, "dry_run": True}
+    whole, log = Whole(tmp_path / "whole", **options), Memory(tmp_path)
+    for stop in ([OnExceptionCheckpoint(tmp_path, "stopped"), Stop(hook, 0, end)], []):
+        module, callback = model(), mat(**SETTINGS, **options)
+        fit = trainer(tmp_path, callback, Redo(), *stop, logger=log, enable_checkpointing=True)
+        try:
+            fit.fit(module, data(), ckpt_path=None if stop else tmp_path / "stopped.ckpt")
+        except EndedError:
+            assert stop
+    whole.check(log, module, callback)
+
+
 class EveryThird:
     """The last layer trains always, the others in every third step."""
 
