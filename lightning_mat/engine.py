@@ -15,7 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mat import flops
-from lightning_mat.faults import check_survivable, decide_measured, nothing_to_decide
+from lightning_mat.faults import (
+    PeerError,
+    check_survivable,
+    decide_measured,
+    nothing_to_decide,
+)
 from lightning_mat.gate import Gate
 from lightning_mat.mapping import (
     check_partition_change,
@@ -130,7 +135,7 @@ class MAT:
         self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
-        self._processes = 1 if ranks is None else ranks.size
+        self._processes, self._first = (1, True) if ranks is None else (ranks.size, not ranks.rank)
         self._sharded = check_shards(model, 0 if ranks is None else ranks.size)
         self.part = units if isinstance(units, Partition) else partition(model, units)
         self.policy = MATPolicy() if policy is None else policy
@@ -187,7 +192,8 @@ class MAT:
 
         Call it between optimizer steps. Units whose spectrum is NaN or Inf stay as they are, and
         the others are decided without them; a probe of which nothing is left, of a kind or in all,
-        or that does not fit the memory decides nothing. Each costs a warning.
+        or that does not fit the memory decides nothing. Each costs a warning, of several processes
+        in the first and in the one that failed.
 
         Args:
             batch: Samples for the probe; ignored if the policy needs no spectra.
@@ -205,7 +211,7 @@ class MAT:
                 return self.decision
             finite = self.spectra.finite
             keeps = nothing_to_decide(finite, self.part.kinds)
-            if not finite.all():
+            if not finite.all() and self._first:
                 failed = int((~finite).sum())
                 first = self.part.names[int((~finite).nonzero()[0])]
                 warnings.warn(
@@ -238,11 +244,12 @@ class MAT:
         """
         check_survivable(error)
         self.skipped += 1
-        warnings.warn(
-            f"probe at step {step}: {type(error).__name__}: {error}; skipping this probe and "
-            "keeping the previous decision",
-            stacklevel=3,
-        )
+        if self._first or not isinstance(error, PeerError):
+            warnings.warn(
+                f"probe at step {step}: {type(error).__name__}: {error}; skipping this probe and "
+                "keeping the previous decision",
+                stacklevel=3,
+            )
 
     def prepare(self, batch: Any) -> None:
         """Look at the model with a few samples, to find early what cannot be measured."""

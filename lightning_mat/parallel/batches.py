@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,7 @@ def same_batch(batch: Any, ranks: Ranks) -> Any:
     travels.
 
     Args:
-        batch: Nested mappings, lists and tuples of tensors and plain values, on the CPU; what else
-            there is is sent, but not looked at.
+        batch: Nested mappings, lists and tuples of tensors, arrays and what pickle can take.
         ranks: The processes.
     """
     with ranks.together("comparing samples"):
@@ -47,7 +47,10 @@ def same_batch(batch: Any, ranks: Ranks) -> Any:
 
 
 def digest(batch: Any) -> str:
-    """Return a short string that differs for batches with different tensors or plain values.
+    """Return a short string that differs for batches that differ.
+
+    What pickle cannot take, for instance a function in a batch, is told by its type alone; it could
+    not be sent either.
 
     Example:
         >>> digest({"x": torch.zeros(2)}) == digest({"x": torch.zeros(2)})
@@ -57,12 +60,7 @@ def digest(batch: Any) -> str:
     """
     state = hashlib.blake2b(digest_size=16)
     for leaf in _leaves(batch):
-        if isinstance(leaf, Tensor):
-            state.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            data = leaf.detach().cpu().contiguous().flatten().view(torch.uint8)
-            state.update(data.numpy().data)
-        elif isinstance(leaf, (str, bytes, int, float, bool, type(None))):
-            state.update(repr(leaf).encode())
+        state.update(_words(leaf))
     return state.hexdigest()
 
 
@@ -76,3 +74,26 @@ def _leaves(batch: Any) -> Iterator[Any]:
             yield from _leaves(value)
     else:
         yield batch
+
+
+class _Words(pickle.Pickler):
+    """Pickles what a thing holds, and not where: tensors, equal strings, arrays."""
+
+    def persistent_id(self, thing: Any) -> Any:
+        """Return the data of a tensor, whose own pickle names its place in memory."""
+        if not isinstance(thing, Tensor):
+            return None
+        data = thing.detach().cpu().contiguous().flatten().view(torch.uint8)
+        state = hashlib.blake2b(data.numpy().data, digest_size=16)
+        return f"{thing.dtype} {tuple(thing.shape)} {state.hexdigest()}"
+
+
+def _words(leaf: Any) -> bytes:
+    stream = io.BytesIO()
+    words = _Words(stream)
+    words.fast = True  # things are told by what they are, not by whether two of them are one
+    try:
+        words.dump(leaf)
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError):
+        return type(leaf).__qualname__.encode()
+    return stream.getvalue()

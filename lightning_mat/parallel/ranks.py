@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mat.faults import PeerMistakeError, severity
+from lightning_mat.faults import PeerError, PeerMemoryError, PeerMistakeError, severity
 from lightning_mat.mntk.memory import ProbeMemoryError, is_out_of_memory
 
 BUFFERS = "the model's buffers do not fit the memory a second time, as a probe needs them"
@@ -74,9 +74,9 @@ class Ranks:
             what: What the block does, for the message.
 
         Raises:
-            RuntimeError: On the ranks where the block succeeded, if it failed on another; the
-                message names that rank and repeats its error. A run survives it where that rank
-                survives its own, see :mod:`lightning_mat.faults`.
+            PeerError: On the ranks where the block succeeded, if it failed on another; the message
+                names that rank and repeats its error. A run survives it where that rank survives
+                its own, see :mod:`lightning_mat.faults`.
         """
         failure: Exception | None = None
         try:
@@ -95,7 +95,7 @@ class Ranks:
             raise failure
         rank = next(i for i, error in enumerate(errors) if error is not None and error[0] == worst)
         text = f"{what} failed in process {rank} of {self.size}: {errors[rank][1]}"
-        raise {0: ProbeMemoryError, 1: RuntimeError, 2: PeerMistakeError}[worst](text)
+        raise {0: PeerMemoryError, 1: PeerError, 2: PeerMistakeError}[worst](text)
 
     def check_same(self, what: str, value: str) -> None:
         """Check that every rank holds the same.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -246,7 +251,7 @@ def disagreeing() -> Any:
 def test_what_fails_on_one_rank_fails_on_all(on_both: Callable[..., list[Any]]) -> None:
     first, second = on_both(disagreeing)
     assert first[0] == (
-        "RuntimeError: the probe failed in process 1 of 2: ValueError: no memory for it"
+        "PeerError: the probe failed in process 1 of 2: ValueError: no memory for it"
     )
     assert second[0] == "ValueError: no memory for it"
     assert first[1] == second[1]
@@ -341,11 +346,13 @@ def failing_at(place: str, folder: Path) -> Any:
         "digest": (batches, "digest"),
     }[place]
     mat = {"alpha": "auto", "every_n_steps": 4, "n_samples": SAMPLES}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         patch.setattr(owner, name, fails(getattr(owner, name)))
         _, record, callback, _ = cases.fit(folder, ("ddp", {}), mat=mat)
+    said = [str(w.message) for w in caught if "skipping this probe" in str(w.message)]
     summary = callback.summary()
-    return record.active, summary["probes"], summary["skipped_probes"]
+    return said, (record.active, summary["probes"], summary["skipped_probes"])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -353,9 +360,12 @@ def failing_at(place: str, folder: Path) -> Any:
 def test_samples_that_one_rank_cannot_take_skip_the_probe_on_all(
     place: str, tmp_path: Path, on_both: Callable[..., list[Any]]
 ) -> None:
-    first, second = on_both(failing_at, place, tmp_path)
+    (said, first), (own, second) = on_both(failing_at, place, tmp_path)
     assert first == second
     assert first[1:] == (2, 1)
+    assert len(said) == len(own) == 1
+    assert "failed in process 1 of 2: OutOfMemoryError" in said[0]
+    assert "probe at step 4: OutOfMemoryError" in own[0]
 
 
 class Heavy(torch.Tensor):
@@ -449,20 +459,52 @@ def test_gathering_a_model_asks_for_no_memory(on_both: Callable[..., list[Any]])
         assert same
 
 
+def warned(failing: int | None) -> list[str]:
+    """Return the warnings of a probe that fails on one rank, or in which one unit's is NaN."""
+    ranks, model = Ranks(CPU), stack(4)
+    mat = MAT(model, units="layers", ranks=ranks)
+    measure = Probe.measure
+
+    def fails(probe: Probe, batch: Any) -> Any:
+        spectra = measure(probe, batch)
+        if failing is None and ranks.rank == 1:
+            spectra.eigenvalues[0] = float("nan")
+        if ranks.rank == failing:
+            raise ProbeMemoryError("full")
+        return spectra
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(Probe, "measure", fails)
+        mat.update(x(), step=3)
+    mat.close()
+    return [str(w.message) for w in caught if "probe at step 3" in str(w.message)]
+
+
+@pytest.mark.parametrize(("failing", "expected"), [(None, [1, 0]), (0, [1, 0]), (1, [1, 1])])
+def test_the_first_process_warns_and_the_one_that_failed(
+    failing: int | None, expected: list[int], on_both: Callable[..., list[Any]]
+) -> None:
+    assert [len(said) for said in on_both(warned, failing)] == expected
+
+
 def differing() -> Any:
     ranks = Ranks(CPU)
     mine = {"x": torch.full((4, 2), float(ranks.rank)), "name": "a"}
-    same = {"x": torch.zeros(4, 2), "name": "a"}
-    return same_batch(mine, ranks), same_batch(same, ranks) is same
+    same = {"x": torch.zeros(4, 2), "name": "a", "more": Pair(numpy.zeros(2), "a"), "f": len}
+    of_arrays = Pair(numpy.full(2, ranks.rank), "a")
+    kept = same_batch(same, ranks) is same
+    return same_batch(mine, ranks), kept, same_batch([of_arrays], ranks)[0]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_samples_of_rank_0_are_measured_where_data_differ(
     on_both: Callable[..., list[Any]],
 ) -> None:
-    for batch, kept in on_both(differing):
+    for batch, kept, pair in on_both(differing):
         assert torch.equal(batch["x"], torch.zeros(4, 2))
         assert kept
+        assert pair.x.tolist() == [0, 0]
 
 
 def test_digests_tell_batches_apart() -> None:
@@ -471,6 +513,32 @@ def test_digests_tell_batches_apart() -> None:
     assert digest(batch) == digest([torch.arange(3), ("a", 1)])
     assert all(digest(other) != digest(batch) for other in others)
     assert digest(torch.zeros(0, dtype=torch.bfloat16)) != digest(torch.zeros(0))
+
+
+@dataclass
+class Pair:
+    """A batch of a data set's own."""
+
+    x: Any
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (numpy.arange(3), numpy.arange(3) + 1),
+        (numpy.arange(4), numpy.arange(4).reshape(2, 2)),
+        (numpy.arange(3), numpy.arange(3.0)),
+        (Pair(torch.zeros(2), "a"), Pair(torch.ones(2), "a")),
+        (Pair(torch.zeros(2), "a"), Pair(torch.zeros(2), "b")),
+        (Pair(numpy.zeros(2), "a"), Pair(numpy.ones(2), "a")),
+        (Fraction(1, 3), Fraction(2, 3)),
+        (lambda: 1, 1),
+    ],
+)
+def test_digests_look_into_arrays_and_objects(one: Any, other: Any) -> None:
+    assert digest([one]) != digest([other])
+    assert digest({"x": one}) == digest({"x": copy.deepcopy(one)})
 
 
 def test_a_subset_stays_one_where_lightning_deals_out_its_sampler() -> None:
