@@ -231,7 +231,7 @@ def disagreeing() -> Any:
     found.append(failing(lambda: ranks.check_same("the decision", "same")))
 
     class Odd(nn.Module):
-        """The last layer raises in its forward on one rank."""
+        """Its forward pass raises on one rank."""
 
         def __init__(self) -> None:
             super().__init__()
