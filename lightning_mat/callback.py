@@ -261,11 +261,7 @@ class MATCallback(Callback):
             trainer.strategy.follow(self.mat)
         if (check_units := getattr(self.policy, "check_units", None)) is not None:
             check_units(self.mat.table())
-        if getattr(self.policy, "budget", None) is not None and not self.schedule.warmup_epochs:
-            raise ValueError(
-                "a policy with a budget needs the cost of a full step, which is counted in the "
-                "warm-up: set warmup_epochs to at least 1"
-            )
+        self.schedule.check_warmup(self.policy)
         trainer.strategy.optimizers = list(self.mat.optimizers)
         self._restore()
         log.info("MAT trains these units adaptively:\n%s", self.mat.part.describe())
@@ -351,13 +347,8 @@ class MATCallback(Callback):
         """Say so if the calendar never came to a probe."""
         mat = self._mat()
         if mat.episode == 0 and mat.probes == 0:
-            warnings.warn(
-                f"MAT never measured: training ended after {trainer.current_epoch} epochs and "
-                f"{trainer.global_step} steps, before its first episode (warmup_epochs="
-                f"{self.schedule.warmup_epochs}). Lower warmup_epochs, and set every_n_steps if an "
-                "epoch is long",
-                stacklevel=2,
-            )
+            said = self.schedule.never(trainer.current_epoch, trainer.global_step)
+            warnings.warn(said, stacklevel=2)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mat import flops
 from lightning_mat.faults import (
     PeerError,
     check_survivable,
@@ -22,6 +20,7 @@ from lightning_mat.faults import (
     nothing_to_decide,
 )
 from lightning_mat.gate import Gate
+from lightning_mat.ledger import ProbeLedger
 from lightning_mat.mapping import (
     check_partition_change,
     mapped_decision,
@@ -135,7 +134,7 @@ class MAT:
         self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
-        self._processes, self._first = (1, True) if ranks is None else (ranks.size, not ranks.rank)
+        self._first = ranks is None or ranks.rank == 0
         self._sharded = check_shards(model, 0 if ranks is None else ranks.size)
         self.part = units if isinstance(units, Partition) else partition(model, units)
         self.policy = MATPolicy() if policy is None else policy
@@ -170,10 +169,7 @@ class MAT:
         self.episode = 0
         self.probes = 0
         self.skipped = 0
-        self.probe_seconds = 0.0
-        self.probe_flops = 0
-        self._flops_of_one: int | None = None
-        self._look: tuple[int, float] | None = None  # FLOPs and seconds, not charged yet
+        self._costs = ProbeLedger(ranks)
 
     @property
     def active(self) -> torch.Tensor:
@@ -253,38 +249,18 @@ class MAT:
 
     def prepare(self, batch: Any) -> None:
         """Look at the model with a few samples, to find early what cannot be measured."""
-        start = time.perf_counter()
-        with self._ungated(), flops.count() as counter:
+        with self._costs.look(), self._ungated():
             self.probe.prepare(batch)
-        self._look = self._mean(counter.total), time.perf_counter() - start
 
     def measure(self, batch: Any) -> Spectra:
-        """Return the spectra over a batch of samples, and account for what that cost.
-
-        The look before the first probe is charged with it; so is the one before the second where
-        several processes share out anew by what the first counted. A resumed run looks once more,
-        and is charged as one that was never stopped.
-        """
-        counts = self._flops_of_one is None
-        if counts and self._look is None:
+        """Return the spectra over a batch of samples, and account for what that cost."""
+        if self._costs.lacks_look:
             self.prepare(batch)
-        shares_anew = isinstance(self.probe, SharedProbe) and not self.probe.settled
-        counting: AbstractContextManager[flops.FlopCount | None]
-        counting = flops.count() if counts else nullcontext()
-        start = time.perf_counter()
-        try:
-            with self._ungated(), counting as counter:
-                spectra = self.probe.measure(batch)
-        finally:
-            self.probe_seconds += time.perf_counter() - start
-        of_one = self._flops_of_one or 0
-        if counter is not None and self._look is not None:
-            of_one, (of_look, seconds), self._look = self._mean(counter.total), self._look, None
-            self.probe_flops += of_look
-            self.probe_seconds += seconds
+        # Several processes share out anew after the first probe, by what it counted.
+        lasts = not isinstance(self.probe, SharedProbe) or self.probe.settled
+        with self._costs.probe(lasts=lasts), self._ungated():
+            spectra = self.probe.measure(batch)
         self.probes += 1
-        self.probe_flops += of_one
-        self._flops_of_one = None if shares_anew else of_one
         return spectra
 
     @contextmanager
@@ -295,11 +271,15 @@ class MAT:
         finally:
             self.gate.apply(self.active)
 
-    def _mean(self, count: int) -> int:
-        """Return the mean over the ranks, which checkpoints of one can hold for all."""
-        if self.ranks is None:
-            return count
-        return int(self.ranks.sum(torch.tensor(count))) // self.ranks.size
+    @property
+    def probe_flops(self) -> int:
+        """FLOPs of all probes, see :class:`lightning_mat.ledger.ProbeLedger`."""
+        return self._costs.flops
+
+    @property
+    def probe_seconds(self) -> float:
+        """Wall-clock seconds of all probes."""
+        return self._costs.seconds
 
     def table(self) -> UnitTable:
         """Return what a policy may know of the units."""
@@ -337,10 +317,7 @@ class MAT:
             "episode": self.episode,
             "probes": self.probes,
             "skipped": self.skipped,
-            "probe_seconds": self.probe_seconds,
-            "probe_flops": self.probe_flops,
-            "flops_of_one": self._flops_of_one,
-            "processes": self._processes,
+            **self._costs.state_dict(),
             "shared": self.probe.state_dict() if isinstance(self.probe, SharedProbe) else {},
             "optimizers": [o.state_beside() for o in self.optimizers] if self._sharded else [],
         }
@@ -384,13 +361,9 @@ class MAT:
         self.episode = int(state["episode"])
         self.probes = int(state["probes"])
         self.skipped = int(state.get("skipped", 0))
-        self.probe_seconds = float(state["probe_seconds"])
-        self.probe_flops = int(state["probe_flops"])
-        # What was counted says who measures what, and holds for those units and processes alone.
+        self._costs.load_state_dict(state, others=others)
         if isinstance(self.probe, SharedProbe):
             self.probe.load_state_dict({} if others else state.get("shared", {}))
-        known = not others and state.get("processes") == self._processes
-        self._flops_of_one = state.get("flops_of_one") if known else None
         beside = state.get("optimizers", ())
         if self._sharded and not beside and any(o.inner.state for o in self.optimizers):
             warnings.warn(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_mat.parallel.ranks import Ranks
+
+_NAMED = (type, FunctionType)
 
 
 def same_batch(batch: Any, ranks: Ranks) -> Any:
@@ -23,7 +26,7 @@ def same_batch(batch: Any, ranks: Ranks) -> Any:
     travels.
 
     Args:
-        batch: Nested mappings, lists and tuples of tensors, arrays and what pickle can take.
+        batch: Nested mappings, lists and tuples of tensors, arrays and other things.
         ranks: The processes.
     """
     with ranks.together("comparing samples"):
@@ -38,19 +41,19 @@ def same_batch(batch: Any, ranks: Ranks) -> Any:
             "process had a data set of its own: all measure with those of process 0",
             stacklevel=2,
         )
-    # Where a rank fails, none may be on its way to the others.
     with ranks.together("packing samples"):
-        packed = pickle.dumps(batch) if ranks.rank == 0 else b""
-    packed = ranks.from_first(packed)
-    with ranks.together("unpacking samples"):
-        return pickle.loads(packed)
+        if ranks.rank == 0:
+            torch.save(batch, io.BytesIO())  # what cannot be sent fails before the others wait
+    with ranks.together("sending samples"):
+        return ranks.from_first(batch)
 
 
 def digest(batch: Any) -> str:
     """Return a short string that differs for batches that differ.
 
-    What pickle cannot take, for instance a function in a batch, is told by its type alone; it could
-    not be sent either.
+    Objects are told by their attributes, functions and classes by their names, and what has
+    neither by its ``repr``. Where that is a place in memory, batches differ that are the same:
+    rank 0's is sent then for nothing.
 
     Example:
         >>> digest({"x": torch.zeros(2)}) == digest({"x": torch.zeros(2)})
@@ -59,41 +62,35 @@ def digest(batch: Any) -> str:
         False
     """
     state = hashlib.blake2b(digest_size=16)
-    for leaf in _leaves(batch):
-        state.update(_words(leaf))
+    for leaf in _leaves(batch, set()):
+        if isinstance(leaf, Tensor):
+            state.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            data = leaf.detach().cpu().contiguous().flatten().view(torch.uint8)
+            state.update(data.numpy().data)
+        elif isinstance(leaf, np.ndarray):
+            state.update(f"{leaf.dtype} {leaf.shape}".encode())
+            state.update(leaf.tobytes())
+        else:
+            state.update(getattr(leaf, "__qualname__", repr(leaf)).encode())
     return state.hexdigest()
 
 
-def _leaves(batch: Any) -> Iterator[Any]:
+def _leaves(batch: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield tensors, arrays and plain things of a batch; of objects in a circle each once."""
     if isinstance(batch, Mapping):
         for key, value in batch.items():
             yield str(key)
-            yield from _leaves(value)
+            yield from _leaves(value, seen)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _leaves(value)
-    else:
+            yield from _leaves(value, seen)
+    elif isinstance(batch, (set, frozenset)):
+        yield from sorted(map(repr, batch))
+    elif isinstance(batch, np.ndarray) and batch.dtype.hasobject:
+        yield from _leaves(batch.tolist(), seen)
+    elif isinstance(batch, (Tensor, *_NAMED)) or not hasattr(batch, "__dict__"):
         yield batch
-
-
-class _Words(pickle.Pickler):
-    """Pickles what a thing holds, and not where: tensors, equal strings, arrays."""
-
-    def persistent_id(self, thing: Any) -> Any:
-        """Return the data of a tensor, whose own pickle names its place in memory."""
-        if not isinstance(thing, Tensor):
-            return None
-        data = thing.detach().cpu().contiguous().flatten().view(torch.uint8)
-        state = hashlib.blake2b(data.numpy().data, digest_size=16)
-        return f"{thing.dtype} {tuple(thing.shape)} {state.hexdigest()}"
-
-
-def _words(leaf: Any) -> bytes:
-    stream = io.BytesIO()
-    words = _Words(stream)
-    words.fast = True  # things are told by what they are, not by whether two of them are one
-    try:
-        words.dump(leaf)
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, ValueError):
-        return type(leaf).__qualname__.encode()
-    return stream.getvalue()
+    elif id(batch) not in seen:
+        seen.add(id(batch))
+        yield type(batch)
+        yield from _leaves(vars(batch), seen)

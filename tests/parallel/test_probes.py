@@ -532,13 +532,25 @@ class Pair:
         (Pair(torch.zeros(2), "a"), Pair(torch.ones(2), "a")),
         (Pair(torch.zeros(2), "a"), Pair(torch.zeros(2), "b")),
         (Pair(numpy.zeros(2), "a"), Pair(numpy.ones(2), "a")),
+        (Pair([{"y": numpy.zeros(2)}], "a"), Pair([{"y": numpy.ones(2)}], "a")),
+        (numpy.array(["a", None], object), numpy.array(["a", 1], object)),
         (Fraction(1, 3), Fraction(2, 3)),
+        ({"a", "b"}, {"a", "c"}),
+        (b"a", b"b"),
+        (len, max),
         (lambda: 1, 1),
     ],
 )
 def test_digests_look_into_arrays_and_objects(one: Any, other: Any) -> None:
     assert digest([one]) != digest([other])
     assert digest({"x": one}) == digest({"x": copy.deepcopy(one)})
+
+
+def test_digests_end_where_objects_hold_each_other() -> None:
+    one, other = Pair(None, "a"), Pair(None, "b")
+    one.x, other.x = other, one
+    assert digest(one) != digest(other)
+    assert digest(one) == digest(copy.deepcopy(one))
 
 
 def test_a_subset_stays_one_where_lightning_deals_out_its_sampler() -> None:
