@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,6 +26,7 @@ from lightning_mat.mntk.outputs import Forward, Output, check_output
 from lightning_mat.mntk.probe import check_settings
 from lightning_mat.optim.waking import WAKING
 from lightning_mat.parallel.batches import same_batch
+from lightning_mat.parallel.ranks import together
 from lightning_mat.parallel.ready import Ready
 from lightning_mat.parallel.strategy import MATDDPStrategy
 from lightning_mat.policies import MAT as MATPolicy
@@ -103,7 +103,8 @@ class MATCallback(Callback):
     units and all follow one decision; with ``"ddp_mat"``, see
     :class:`lightning_mat.parallel.MATDDPStrategy`, gradients of what rests do not travel. With
     ``ModelParallelStrategy`` and ``fully_shard`` on each block a probe needs memory for the whole
-    model on every rank, see ``docs/scaling.md``. FLOPs and seconds are those of one process.
+    model on every rank, see ``docs/scaling.md``. FLOPs and seconds are those of one process, of a
+    probe's FLOPs the mean over the processes.
 
     Parameters that are frozen when the fit starts stay frozen and belong to no unit. Those that are
     unfrozen later, for instance by Lightning's ``BaseFinetuning``, always train.
@@ -260,11 +261,7 @@ class MATCallback(Callback):
             trainer.strategy.follow(self.mat)
         if (check_units := getattr(self.policy, "check_units", None)) is not None:
             check_units(self.mat.table())
-        if getattr(self.policy, "budget", None) is not None and not self.schedule.warmup_epochs:
-            raise ValueError(
-                "a policy with a budget needs the cost of a full step, which is counted in the "
-                "warm-up: set warmup_epochs to at least 1"
-            )
+        self.schedule.check_warmup(self.policy)
         trainer.strategy.optimizers = list(self.mat.optimizers)
         self._restore()
         log.info("MAT trains these units adaptively:\n%s", self.mat.part.describe())
@@ -284,7 +281,7 @@ class MATCallback(Callback):
             mat.prepare(self._samples_for_probe(trainer))
         self._keeper = Keeper(run_folder(trainer), keep_eigenvalues=self.keep_eigenvalues)
         if trainer.is_global_zero:
-            self._keeper.begin(trainer.global_step)
+            self._keeper.begin(trainer.global_step, len(mat.history))
 
     def on_train_batch_start(
         self,
@@ -296,7 +293,7 @@ class MATCallback(Callback):
         """Begin an episode where one is due; count the FLOPs of its first step."""
         if self.schedule.ready(self.should_probe(trainer, batch_idx)):
             # A signal or an error may have a checkpoint saved while the episode is half begun.
-            self._undecided = None if self._steps_alone else self.state_dict()
+            self._undecided = self._before_episode()
             self._begin_episode(trainer, pl_module, batch)
             self._undecided = None
         self._step_before = trainer.global_step
@@ -350,13 +347,8 @@ class MATCallback(Callback):
         """Say so if the calendar never came to a probe."""
         mat = self._mat()
         if mat.episode == 0 and mat.probes == 0:
-            warnings.warn(
-                f"MAT never measured: training ended after {trainer.current_epoch} epochs and "
-                f"{trainer.global_step} steps, before its first episode (warmup_epochs="
-                f"{self.schedule.warmup_epochs}). Lower warmup_epochs, and set every_n_steps if an "
-                "epoch is long",
-                stacklevel=2,
-            )
+            said = self.schedule.never(trainer.current_epoch, trainer.global_step)
+            warnings.warn(said, stacklevel=2)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -380,15 +372,18 @@ class MATCallback(Callback):
 
         While an episode begins, it is the state before: a run resumed from it begins the episode.
         """
-        if self._undecided is not None:
+        if self._undecided is not None and not self._steps_alone:
             return self._undecided
         if self.mat is None or self._restored is not None:
             return self._loaded
-        return {
+        state = {
             "mat": self.mat.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
         }
+        for part, before in (self._undecided or {}).items():
+            state[part] |= before
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved run's state until its training starts."""
@@ -405,11 +400,12 @@ class MATCallback(Callback):
 
         Returns:
             ``flops``: counted, of the training steps and the probes. ``probe_flops``: of the
-            probes. ``probe_seconds`` and ``seconds``: wall clock, of the probes, and of the
-            training batches and the probes. ``trained_share``: mean share of the units that
-            trained, over the batches. ``full_step_flops``: per sample, with everything training,
-            as counted in the warm-up; without one, the first step's plus the weight gradients of
-            what rested in it, which is a lower bound.
+            probes, with the look at the model before the first. ``probe_seconds`` and ``seconds``:
+            wall clock, of the same, and of the training batches and the probes.
+            ``trained_share``: mean share of the units that trained, over the batches.
+            ``full_step_flops``: per sample, with everything training, as counted in the warm-up;
+            without one, the first step's plus the weight gradients of what rested in it, which is a
+            lower bound.
             ``probes``: how many. ``skipped_probes``: how many could not be measured.
         """
         return run_summary(self._mat(), self._ledger)
@@ -426,9 +422,6 @@ class MATCallback(Callback):
         if self.mat is None:
             raise RuntimeError("MATCallback has not seen a fit yet: call Trainer.fit first")
         return self.mat
-
-    def _loader(self, trainer: pl.Trainer) -> object:
-        return trainer.train_dataloader if self.probe_data is None else self.probe_data
 
     def _begin_episode(
         self,
@@ -465,18 +458,28 @@ class MATCallback(Callback):
         for line in decision.summary().splitlines():
             rank_zero_info(f"MAT at step {trainer.global_step}: {line}")
 
+    def _before_episode(self) -> dict[str, Any]:
+        """Return the state that an episode's beginning changes: all, or what single steps can."""
+        if not self._steps_alone:
+            return self.state_dict()
+        mat = self._mat()
+        decision = {"decision": mat.decision.state_dict(), "episode": mat.episode}
+        return {"mat": decision, "schedule": self.schedule.state_dict()}
+
     def _samples_for_probe(self, trainer: pl.Trainer) -> Any:
         """Return a batch from the training set, on the device, as a training step would get it."""
         mat = self._mat()
-        with nullcontext() if mat.ranks is None else mat.ranks.together("drawing samples"):
-            loader = check_loader(self._loader(trainer), self.n_samples)
+        data = trainer.train_dataloader if self.probe_data is None else self.probe_data
+        with together(mat.ranks, "drawing samples"):
+            loader = check_loader(data, self.n_samples)
             # Samples that cannot be read are not drawn again.
             batch = draw(loader, self.n_samples, self.seed, mat.probes + mat.skipped)
         if mat.ranks is not None:
             batch = same_batch(batch, mat.ranks)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch)
-        return trainer.strategy.batch_to_device(batch)
+        with together(mat.ranks, "bringing samples to the device"):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.lightning_module._on_before_batch_transfer(batch)
+            return trainer.strategy.batch_to_device(batch)
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._ledger.close()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_mat import flops
-from lightning_mat.faults import check_survivable, decide_measured, nothing_to_decide
+from lightning_mat.faults import (
+    PeerError,
+    check_survivable,
+    decide_measured,
+    nothing_to_decide,
+)
 from lightning_mat.gate import Gate
+from lightning_mat.ledger import ProbeLedger
 from lightning_mat.mapping import (
     check_partition_change,
     mapped_decision,
@@ -129,6 +134,7 @@ class MAT:
         self.on_partition_change = on_partition_change
         self.model = model
         self.ranks = ranks
+        self._first = ranks is None or ranks.rank == 0
         self._sharded = check_shards(model, 0 if ranks is None else ranks.size)
         self.part = units if isinstance(units, Partition) else partition(model, units)
         self.policy = MATPolicy() if policy is None else policy
@@ -163,9 +169,7 @@ class MAT:
         self.episode = 0
         self.probes = 0
         self.skipped = 0
-        self.probe_seconds = 0.0
-        self.probe_flops = 0
-        self._flops_of_one: int | None = None
+        self._costs = ProbeLedger(ranks)
 
     @property
     def active(self) -> torch.Tensor:
@@ -184,7 +188,8 @@ class MAT:
 
         Call it between optimizer steps. Units whose spectrum is NaN or Inf stay as they are, and
         the others are decided without them; a probe of which nothing is left, of a kind or in all,
-        or that does not fit the memory decides nothing. Each costs a warning.
+        or that does not fit the memory decides nothing. Each costs a warning, of several processes
+        in the first and in the one that failed.
 
         Args:
             batch: Samples for the probe; ignored if the policy needs no spectra.
@@ -202,7 +207,7 @@ class MAT:
                 return self.decision
             finite = self.spectra.finite
             keeps = nothing_to_decide(finite, self.part.kinds)
-            if not finite.all():
+            if not finite.all() and self._first:
                 failed = int((~finite).sum())
                 first = self.part.names[int((~finite).nonzero()[0])]
                 warnings.warn(
@@ -235,38 +240,46 @@ class MAT:
         """
         check_survivable(error)
         self.skipped += 1
-        warnings.warn(
-            f"probe at step {step}: {type(error).__name__}: {error}; skipping this probe and "
-            "keeping the previous decision",
-            stacklevel=3,
-        )
+        if self._first or not isinstance(error, PeerError):
+            warnings.warn(
+                f"probe at step {step}: {type(error).__name__}: {error}; skipping this probe and "
+                "keeping the previous decision",
+                stacklevel=3,
+            )
 
     def prepare(self, batch: Any) -> None:
         """Look at the model with a few samples, to find early what cannot be measured."""
-        self.gate.remove()
-        try:
+        with self._costs.look(), self._ungated():
             self.probe.prepare(batch)
-        finally:
-            self.gate.apply(self.active)
 
     def measure(self, batch: Any) -> Spectra:
         """Return the spectra over a batch of samples, and account for what that cost."""
-        start = time.perf_counter()
+        if self._costs.lacks_look:
+            self.prepare(batch)
+        # Several processes share out anew after the first probe, by what it counted.
+        lasts = not isinstance(self.probe, SharedProbe) or self.probe.settled
+        with self._costs.probe(lasts=lasts), self._ungated():
+            spectra = self.probe.measure(batch)
+        self.probes += 1
+        return spectra
+
+    @contextmanager
+    def _ungated(self) -> Iterator[None]:
         self.gate.remove()
         try:
-            # Several processes share out anew after the first probe, by what it counted.
-            if self._flops_of_one is None or (self.ranks is not None and self.probes == 1):
-                with flops.count() as counter:
-                    spectra = self.probe.measure(batch)
-                self._flops_of_one = counter.total
-            else:
-                spectra = self.probe.measure(batch)
+            yield
         finally:
             self.gate.apply(self.active)
-            self.probe_seconds += time.perf_counter() - start
-        self.probes += 1
-        self.probe_flops += self._flops_of_one
-        return spectra
+
+    @property
+    def probe_flops(self) -> int:
+        """FLOPs of all probes, see :class:`lightning_mat.ledger.ProbeLedger`."""
+        return self._costs.flops
+
+    @property
+    def probe_seconds(self) -> float:
+        """Wall-clock seconds of all probes."""
+        return self._costs.seconds
 
     def table(self) -> UnitTable:
         """Return what a policy may know of the units."""
@@ -304,8 +317,7 @@ class MAT:
             "episode": self.episode,
             "probes": self.probes,
             "skipped": self.skipped,
-            "probe_seconds": self.probe_seconds,
-            "probe_flops": self.probe_flops,
+            **self._costs.state_dict(),
             "shared": self.probe.state_dict() if isinstance(self.probe, SharedProbe) else {},
             "optimizers": [o.state_beside() for o in self.optimizers] if self._sharded else [],
         }
@@ -327,10 +339,11 @@ class MAT:
         """
         history, decision = History(), Decision.from_state_dict(state["decision"])
         history.load_state_dict(state["history"])
-        saved, own = list(state["units"]), self.part.names
-        cut = recut(state, own, self._slices)
-        if saved != list(own) or cut:
-            difference = unit_diff(saved, own, cut)
+        saved, names = list(state["units"]), self.part.names
+        cut = recut(state, names, self._slices)
+        others = saved != list(names) or bool(cut)
+        if others:
+            difference = unit_diff(saved, names, cut)
             if self.on_partition_change == "refuse":
                 raise ValueError(
                     f"the saved state is of other units: {difference}. Resume with the model and "
@@ -341,17 +354,16 @@ class MAT:
                 f"the saved state is of other units, and is mapped by their names: {difference}",
                 stacklevel=2,
             )
-            history = history.of(own, new=cut)
+            history = history.of(names, new=cut)
             decision = mapped_decision(decision, saved, self.part, new=cut)
         self.history, self.decision = history, decision
         self.full_cost = float(state["full_cost"])
         self.episode = int(state["episode"])
         self.probes = int(state["probes"])
         self.skipped = int(state.get("skipped", 0))
-        self.probe_seconds = float(state["probe_seconds"])
-        self.probe_flops = int(state["probe_flops"])
+        self._costs.load_state_dict(state, others=others)
         if isinstance(self.probe, SharedProbe):
-            self.probe.load_state_dict(state.get("shared", {}))
+            self.probe.load_state_dict({} if others else state.get("shared", {}))
         beside = state.get("optimizers", ())
         if self._sharded and not beside and any(o.inner.state for o in self.optimizers):
             warnings.warn(
@@ -360,8 +372,8 @@ class MAT:
                 "highest of its parameter",
                 stacklevel=2,
             )
-        for optimizer, own in zip(self.optimizers, beside, strict=False):
-            optimizer.load_state_beside(own)
+        for optimizer, held in zip(self.optimizers, beside, strict=False):
+            optimizer.load_state_beside(held)
         self.spectra = None
         self.apply()
 

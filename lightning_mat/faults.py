@@ -23,7 +23,15 @@ MISTAKES = (TypeError, AttributeError, NameError, AssertionError, ImportError, N
 """Exceptions that say that a program is wrong."""
 
 
-class PeerMistakeError(RuntimeError):
+class PeerError(RuntimeError):
+    """Another process failed; the message names it."""
+
+
+class PeerMemoryError(PeerError, ProbeMemoryError):
+    """Another process found no memory for a probe."""
+
+
+class PeerMistakeError(PeerError):
     """Another process has one of :data:`MISTAKES`."""
 
 

@@ -1,15 +1,19 @@
-"""Ledger: what a run's training has cost so far, counted and timed."""
+"""Ledgers: what a run's training and its probes have cost so far, counted and timed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_mat import flops
+
+if TYPE_CHECKING:
+    from lightning_mat.parallel.ranks import Ranks
 
 _SUMS = ("flops", "seconds", "shares", "batches")
 
@@ -113,3 +117,95 @@ class Ledger:
 def _key(active: Tensor) -> str:
     """Return what tells units that train from others."""
     return active.numpy().tobytes().hex()
+
+
+class ProbeLedger:
+    """Adds up FLOPs and seconds of probes.
+
+    Counting slows a probe down, and probes of the same units cost the same: one is counted. The
+    look at the model that comes before it is charged with it. A resumed run looks once more, and is
+    charged as one that was never stopped.
+
+    Args:
+        ranks: The processes that probe together. FLOPs are the mean over them: what one of them
+            saves goes for all.
+
+    Attributes:
+        flops: Of all probes.
+        seconds: Wall clock, also of probes that failed.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.flops, self.seconds = 0, 0.0
+        self._ranks = ranks
+        self._of_one: int | None = None
+        self._look: tuple[int, float] | None = None
+
+    @property
+    def lacks_look(self) -> bool:
+        """Whether the next probe is counted, and no look came before it."""
+        return self._of_one is None and self._look is None
+
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        """Count and time a look at the model, which the next probe that is counted is charged."""
+        start = time.perf_counter()
+        with flops.count() as counter:
+            yield
+        self._look = self._mean(counter.total), time.perf_counter() - start
+
+    @contextmanager
+    def probe(self, *, lasts: bool) -> Iterator[None]:
+        """Time a probe, and count it unless its cost is known.
+
+        Args:
+            lasts: Whether the probes that follow cost the same.
+        """
+        counting: AbstractContextManager[flops.FlopCount | None]
+        counting = flops.count() if self._of_one is None else nullcontext()
+        start = time.perf_counter()
+        try:
+            with counting as counter:
+                yield
+        finally:
+            self.seconds += time.perf_counter() - start
+        of_one = self._of_one or 0
+        if counter is not None:
+            of_one = self._mean(counter.total)
+            of_look, seconds = self._look or (0, 0.0)
+            self.flops, self.seconds, self._look = (
+                self.flops + of_look,
+                self.seconds + seconds,
+                None,
+            )
+        self.flops += of_one
+        self._of_one = of_one if lasts else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain numbers."""
+        return {
+            "probe_flops": self.flops,
+            "probe_seconds": self.seconds,
+            "flops_of_one": self._of_one,
+            "processes": self._processes,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, others: bool = False) -> None:
+        """Go on from saved sums, and without counting again what was counted.
+
+        Args:
+            state: Of :meth:`state_dict`.
+            others: Whether it is of other units.
+        """
+        self.flops, self.seconds = int(state["probe_flops"]), float(state["probe_seconds"])
+        known = not others and state.get("processes") == self._processes
+        self._of_one = state.get("flops_of_one") if known else None
+
+    @property
+    def _processes(self) -> int:
+        return 1 if self._ranks is None else self._ranks.size
+
+    def _mean(self, count: int) -> int:
+        if self._ranks is None:
+            return count
+        return int(self._ranks.sum(torch.tensor(count))) // self._ranks.size

@@ -115,6 +115,22 @@ class Schedule:
         """Note whether an optimizer stepped in the batch that ends."""
         self._stepped = stepped
 
+    def check_warmup(self, policy: object) -> None:
+        """Raise a ValueError if a policy needs a warm-up, and there is none."""
+        if getattr(policy, "budget", None) is not None and not self.warmup_epochs:
+            raise ValueError(
+                "a policy with a budget needs the cost of a full step, which is counted in the "
+                "warm-up: set warmup_epochs to at least 1"
+            )
+
+    def never(self, epochs: int, steps: int) -> str:
+        """Return what to say of a run that ended before its first episode."""
+        return (
+            f"MAT never measured: training ended after {epochs} epochs and {steps} steps, before "
+            f"its first episode (warmup_epochs={self.warmup_epochs}). Lower warmup_epochs, and set "
+            "every_n_steps if an epoch is long"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain types."""
         return {"decided_at": self.decided_at, "waiting": self._waiting}

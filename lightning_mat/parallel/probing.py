@@ -93,6 +93,11 @@ class SharedProbe:
             if probe is not None:
                 probe.prepare(batch)
 
+    @property
+    def settled(self) -> bool:
+        """Whether who measures what stays, because costs were counted."""
+        return self._cost is not None
+
     def state_dict(self) -> dict[str, Any]:
         """Return what decides who measures what."""
         return {"cost": None if self._cost is None else self._cost.clone()}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mat.faults import PeerMistakeError, severity
-from lightning_mat.mntk.memory import ProbeMemoryError
+from lightning_mat.faults import PeerError, PeerMemoryError, PeerMistakeError, severity
+from lightning_mat.mntk.memory import ProbeMemoryError, is_out_of_memory
+
+BUFFERS = "the model's buffers do not fit the memory a second time, as a probe needs them"
 
 
 class Ranks:
@@ -37,10 +39,10 @@ class Ranks:
                 "torch.distributed is not initialized: call torch.distributed.init_process_group "
                 "before several processes train together"
             )
-        self.group = dist.group.WORLD if group is None else group
+        self.group = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.device = device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
-        self._first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        self._first = dist.get_global_rank(self.group, 0)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks, on the CPU; bits that one rank alone gives stay."""
@@ -72,9 +74,9 @@ class Ranks:
             what: What the block does, for the message.
 
         Raises:
-            RuntimeError: On the ranks where the block succeeded, if it failed on another; the
-                message names that rank and repeats its error. A run survives it where that rank
-                survives its own, see :mod:`lightning_mat.faults`.
+            PeerError: On the ranks where the block succeeded, if it failed on another; the message
+                names that rank and repeats its error. A run survives it where that rank survives
+                its own, see :mod:`lightning_mat.faults`.
         """
         failure: Exception | None = None
         try:
@@ -93,7 +95,7 @@ class Ranks:
             raise failure
         rank = next(i for i, error in enumerate(errors) if error is not None and error[0] == worst)
         text = f"{what} failed in process {rank} of {self.size}: {errors[rank][1]}"
-        raise {0: ProbeMemoryError, 1: RuntimeError, 2: PeerMistakeError}[worst](text)
+        raise {0: PeerMemoryError, 1: PeerError, 2: PeerMistakeError}[worst](text)
 
     def check_same(self, what: str, value: str) -> None:
         """Check that every rank holds the same.
@@ -119,13 +121,21 @@ class Ranks:
 
         BatchNorm's running statistics differ between the ranks after a step; DDP sends rank 0's
         with the next forward pass. Every unit should be measured in the same model.
+
+        Raises:
+            ProbeMemoryError: On all ranks, if they do not fit the memory of one twice.
         """
-        buffers = [b for b in model.buffers() if b.numel()]
-        kept = [b.detach().clone() for b in buffers]
+        buffers = [b.detach() for b in model.buffers() if b.numel()]
+        if not buffers:
+            yield
+            return
+        with self.together("copying the model's buffers"), fitting(BUFFERS):
+            kept = [buffer.clone() for buffer in buffers]
+            # The buffer itself where it can travel as it is.
+            travelling = [buffer.to(self.device).contiguous() for buffer in buffers]
         try:
             with torch.no_grad():
-                for buffer in buffers:
-                    sent = buffer.detach().to(self.device).contiguous()
+                for buffer, sent in zip(buffers, travelling, strict=True):
                     dist.broadcast(sent, src=self._first, group=self.group)
                     if self.rank:
                         buffer.copy_(sent)
@@ -135,3 +145,19 @@ class Ranks:
                 with torch.no_grad():
                     for buffer, before in zip(buffers, kept, strict=True):
                         buffer.copy_(before)
+
+
+def together(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """Return :meth:`Ranks.together`, or for one process a block like any other."""
+    return nullcontext() if ranks is None else ranks.together(what)
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Let a block raise a ProbeMemoryError with this message where memory runs out in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ProbeMemoryError(what) from error
+        raise

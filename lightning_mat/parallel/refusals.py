@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -46,6 +47,13 @@ def check_strategy(trainer: pl.Trainer) -> None:
             )
     if isinstance(strategy, DDPStrategy):
         check_static_graph(strategy)
+        group = strategy._ddp_kwargs.get("process_group")
+        if group is not None and dist.get_world_size(group) != trainer.world_size:
+            raise ValueError(
+                f"process_group has {dist.get_world_size(group)} of {trainer.world_size} processes:"
+                " every group would train a model of its own, and none is measured for all. Leave "
+                "process_group out, or give a group of all processes"
+            )
         if isinstance(strategy._ddp_comm_state, PostLocalSGDState):
             raise ValueError(
                 "MATCallback does not work with post-local SGD: between two averagings every "

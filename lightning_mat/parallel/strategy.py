@@ -60,6 +60,7 @@ class MATDDPStrategy(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         # On the CPU, too, where Lightning registers none.
         assert isinstance(self.model, DistributedDataParallel)
+        self.reduction.group = self.model.process_group  # of the options, or all processes
         self.model.register_comm_hook(self.reduction, reduce_bucket)
 
     @classmethod

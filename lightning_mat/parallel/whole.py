@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mat.mntk.memory import ProbeMemoryError, is_out_of_memory
-from lightning_mat.parallel.ranks import Ranks
+from lightning_mat.parallel.ranks import Ranks, fitting
 from lightning_mat.shards import is_sharded, local_of, reshard, sharded_modules
 
 TOO_LARGE = (
@@ -57,26 +57,42 @@ class Whole:
             return
         with ExitStack() as stack:
             stack.callback(self._free)
-            with self._ranks.together("making room for the whole model"):
-                self._allocate()
             reshard(self._model)
-            with torch.no_grad():
-                for param, full in self._stand_ins.items():
-                    full.copy_(cast(Any, param.detach()).full_tensor())
+            # Memory comes first: a rank that lacks some while the others gather would hang them.
+            with self._ranks.together("making room for the whole model"), fitting(TOO_LARGE):
+                room = self._allocate()
+            self._gather(*room)
+            del room
             for module in sharded_modules(self._model):
                 stack.enter_context(_without_hooks(module))
             stack.enter_context(self._exchanged())
             yield
 
-    def _allocate(self) -> None:
-        try:
-            for param, full in self._stand_ins.items():
-                full.untyped_storage().resize_(full.numel() * full.element_size())
-                full.requires_grad_(param.requires_grad)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise ProbeMemoryError(TOO_LARGE) from error
-            raise
+    def _allocate(self) -> tuple[Tensor, Tensor]:
+        """Return room for the largest parameter's rows, as bytes: of one rank, and of all."""
+        own = everyone = 0
+        for param, full in self._stand_ins.items():
+            full.untyped_storage().resize_(full.numel() * full.element_size())
+            full.requires_grad_(param.requires_grad)
+            size, ranks = _bytes_per_rank(param), cast(Any, param).device_mesh.size()
+            own, everyone = max(own, size), max(everyone, size * ranks)
+        device = full.device
+        own_rows, all_rows = (
+            torch.empty(size, dtype=torch.uint8, device=device) for size in (own, everyone)
+        )
+        return own_rows, all_rows
+
+    @torch.no_grad()
+    def _gather(self, own: Tensor, everyone: Tensor) -> None:
+        """Fill the stand-ins, one by one, without asking for memory."""
+        for param, full in self._stand_ins.items():
+            mesh, local = cast(Any, param).device_mesh, local_of(param)
+            size = _bytes_per_rank(param)
+            own[: local.nbytes].view(local.dtype).view(local.shape).copy_(local)
+            rows = everyone[: size * mesh.size()]
+            dist.all_gather_into_tensor(rows, own[:size], group=mesh.get_group())
+            # The last ranks may have fewer rows than the others: what they lack is at the end.
+            full.copy_(rows[: full.nbytes].view(full.dtype).view(full.shape))
 
     def _free(self) -> None:
         for full in self._stand_ins.values():
@@ -98,6 +114,12 @@ class Whole:
         finally:
             for parameters, name, param in places:
                 parameters[name] = param
+
+
+def _bytes_per_rank(param: Tensor) -> int:
+    """Return the bytes of the rows that a rank holds of a sharded parameter, the first the most."""
+    rows, ranks = param.shape[0], int(cast(Any, param).device_mesh.size())
+    return -(-rows // ranks) * (param.numel() // max(rows, 1)) * param.element_size()
 
 
 @contextmanager

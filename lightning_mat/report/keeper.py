@@ -24,9 +24,15 @@ class Keeper:
             path = folder / "mat" / "spectra.npz"
             self._store = SpectraStore(path, keep_eigenvalues=keep_eigenvalues)
 
-    def begin(self, step: int) -> None:
-        """Make room for a run that begins, or resumes, at a step; see :class:`SpectraStore`."""
-        self._try(lambda store: store.truncate(step) if step else store.move_aside())
+    def begin(self, step: int, probes: int) -> None:
+        """Make room for a run that begins, or resumes, at a step; see :class:`SpectraStore`.
+
+        Args:
+            step: Optimizer steps done.
+            probes: Those of the run so far; there may be one before its first step.
+        """
+        resumes = step or probes
+        self._try(lambda store: store.truncate(step) if resumes else store.move_aside())
 
     def append(self, probe: Probe) -> None:
         """Add a probe."""

@@ -17,10 +17,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_mat import MATCallback, policies
 from lightning_mat.checkpoint import AtomicCheckpointIO
+from lightning_mat.ledger import Ledger
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.report.store import read
 from lightning_mat.schedule import Schedule
-from tests.lightning_models import Small, data, mat, model, trainer, weights
+from tests.lightning_models import Small, Watch, data, mat, model, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -137,11 +138,16 @@ HOOKS = [
     ("on_train_epoch_end", 12),
     ("in a probe", 14),
     ("half begun", 14),
+    ("just begun", 6),
 ]
 
 
 # The first pass looks at the model; episodes begin at steps 6, 10 and 14.
-INSIDE = {"in a probe": (Probe, "_pass", 4), "half begun": (Schedule, "decided", 3)}
+INSIDE = {
+    "in a probe": (Probe, "_pass", 4),
+    "half begun": (Schedule, "decided", 3),
+    "just begun": (Ledger, "switch", 1),
+}
 
 
 def inside(monkeypatch: pytest.MonkeyPatch, where: str, action: Callable[[], None]) -> None:
@@ -179,6 +185,22 @@ def test_after_an_exception(
         whole.check(*fit(tmp_path, log, ckpt_path=tmp_path / f"{name}.ckpt"))
 
 
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step"])
+def test_after_an_exception_in_the_first_batch(hook: str, tmp_path: Path) -> None:
+    """The probe before the first step is in the checkpoint of step 0, and stays in the file."""
+    # A dry run: otherwise the cost of a full step is made up from the spectra of the first probe.
+    options = {"warmup_epochs": 0, "dry_run": True}
+    whole, log = Whole(tmp_path / "whole", **options), Memory(tmp_path)
+    for stop in ([OnExceptionCheckpoint(tmp_path, "stopped"), Stop(hook, 0, end)], []):
+        module, callback = model(), mat(**SETTINGS, **options)
+        fit = trainer(tmp_path, callback, Redo(), *stop, logger=log, enable_checkpointing=True)
+        try:
+            fit.fit(module, data(), ckpt_path=None if stop else tmp_path / "stopped.ckpt")
+        except EndedError:
+            assert stop
+    whole.check(log, module, callback)
+
+
 class EveryThird:
     """The last layer trains always, the others in every third step."""
 
@@ -190,23 +212,36 @@ class EveryThird:
         return policies.Decision(active, ("full",) * len(units), {}, units.kinds)
 
 
-def test_a_policy_of_every_step_counts_nothing_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["at the end of a batch", "half begun", "just begun"])
+def test_a_policy_of_every_step_goes_on_where_it_was(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes to the same decisions, and counts nothing again."""
     runs = []
     for stops in (False, True):
         log, save = Memory(tmp_path / str(stops)), OnExceptionCheckpoint(tmp_path)
-        runs.append((log, model()))
-        for part in range(1 + stops):
-            callback = mat(policy=EveryThird(), warmup_epochs=0)
-            others = [save, Stop("on_train_batch_end", 9, end)] if stops and part == 0 else []
-            fit = trainer(tmp_path, callback, *others, logger=log, enable_checkpointing=True)
-            path = tmp_path / "on_exception.ckpt" if part else None
-            try:
-                fit.fit(runs[-1][1], data(), ckpt_path=path)
-            except EndedError:
-                assert part == 0
-    (log, module), (other_log, other) = runs
-    assert log.found == other_log.found
-    assert all(map(torch.equal, weights(module), weights(other)))
+        callback, module = mat(policy=EveryThird(), warmup_epochs=0), model()
+        settings: dict[str, Any] = {"logger": log, "enable_checkpointing": True}
+        path = None
+        if stops:
+            stop = [] if where in INSIDE else [Stop("on_train_batch_end", 9, end)]
+            fit = trainer(tmp_path, callback, save, Redo(), *stop, **settings)
+            with monkeypatch.context() as patch:
+                if where in INSIDE:
+                    inside(patch, where, end)
+                with pytest.raises(EndedError):
+                    fit.fit(module, data())
+            callback, module = mat(policy=EveryThird(), warmup_epochs=0), model()
+            path = tmp_path / "on_exception.ckpt"
+        watch = Watch(callback)
+        trainer(tmp_path, callback, watch, **settings).fit(module, data(), ckpt_path=path)
+        assert callback.mat is not None
+        runs.append((log.found, weights(module), callback.mat.episode, watch.active))
+    whole, resumed = runs
+    assert whole[0] == resumed[0]
+    assert all(map(torch.equal, whole[1], resumed[1]))
+    assert whole[2] == resumed[2] == 24
+    assert whole[3][-len(resumed[3]) :] == resumed[3]
 
 
 def test_after_sigterm(whole: Whole, tmp_path: Path) -> None:

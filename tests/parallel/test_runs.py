@@ -94,6 +94,37 @@ def test_a_refusal_comes_before_training(tmp_path: Path, processes: Any) -> None
         assert "static_graph" in str(error)
 
 
+def grouped(folder: Path) -> Any:
+    """Train each process as a group of its own, and all as one that is not the default one."""
+    rank = dist.get_rank()
+    own = [dist.new_group([i]) for i in range(dist.get_world_size())][rank]
+    everyone = dist.new_group()
+    weights = {}
+    for name in ("ddp", "ddp_mat"):
+        module = cases.fit(folder / name, (name, {"process_group": own}), max_steps=3)[0]
+        weights[name] = [p.detach().clone() for p in module.parameters()]
+    try:
+        cases.fit(folder / "refused", ("ddp_mat", {"process_group": own}), mat={})
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    options: dict[str, Any] = {"mat": {}, "max_steps": 3}
+    together = cases.gradients(folder, ("ddp_mat", {"process_group": everyone}), options)
+    return weights["ddp"], weights["ddp_mat"], said, together["weights"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_are_averaged_over_the_process_group(
+    tmp_path: Path, on_both: Callable[..., list[Any]]
+) -> None:
+    first, second = on_both(grouped, tmp_path)
+    for plain, ours, said, _ in (first, second):
+        assert all(map(torch.equal, plain, ours))
+        assert "process_group has 1 of 2 processes" in said
+    assert not any(map(torch.equal, first[1], second[1]))
+    assert all(map(torch.equal, first[3], second[3]))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("skip", ["weights", "units"])
 def test_ddp_of_one_process_is_plain_training(
@@ -205,6 +236,7 @@ def stopped_and_resumed(folder: Path, name: str) -> Any:
                 "lambda_max": state["history"]["lambda_max"],
                 "shared": state["shared"]["cost"],
                 "decision": adaptive.mat.decision.digest(),
+                "summary": {k: v for k, v in adaptive.summary().items() if "seconds" not in k},
             }
         )
     return ends
@@ -217,6 +249,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     (whole, resumed), other = on_both(stopped_and_resumed, tmp_path, name)
     assert whole["decision"] == resumed["decision"] == other[0]["decision"]
+    assert whole["summary"] == resumed["summary"] == other[0]["summary"] == other[1]["summary"]
     for key in ("weights", "moments"):
         assert all(map(torch.equal, whole[key], resumed[key]))
         assert all(map(torch.equal, whole[key], other[1][key]))
