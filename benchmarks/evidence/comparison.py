@@ -78,7 +78,7 @@ def results(facts: Facts) -> str:
     for method, seeds in facts.lines.items():
         difference = facts.versus(method, "full")
         own = method == "full"
-        shares = [line["probe_seconds"] / line["seconds"] for line in seeds.values()]
+        shares = [line["episode_seconds"] / line["seconds"] for line in seeds.values()]
         rows.append(
             [
                 f"`{method}`",
@@ -97,7 +97,7 @@ def results(facts: Facts) -> str:
         )
     head = [
         *("method", "seeds", f"test {facts.metric}", "− full", "per seed", "95% interval", "says"),
-        *("seconds", "FLOPs counted", "FLOPs, paper's rule", "probes", "units trained"),
+        *("seconds", "FLOPs counted", "FLOPs, paper's rule", "probes and decisions", "units trained"),
     ]
     return markdown(head, rows)
 

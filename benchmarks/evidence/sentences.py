@@ -128,7 +128,7 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
     """Say what probes and callback cost."""
     shares = {
         suite: [
-            line["probe_seconds"] / line["seconds"]
+            line["episode_seconds"] / line["seconds"]
             for line in lines
             if line.get("probes") and line.get("seconds") and line["scale"] != "test"
         ]
@@ -139,7 +139,7 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
         return "What the probes cost has not been measured yet."
     most = max(means, key=lambda suite: means[suite])
     text = (
-        f"Probes took {span(list(means.values()), 1)} of a run's seconds in the mean of a suite, "
+        f"Probes and decisions took {span(list(means.values()), 1)} of a run's seconds in the mean of a suite, "
         f"most in `{most}`"
     )
     steps = [

@@ -28,7 +28,8 @@ def table(lines: Sequence[Line]) -> str:
                 percent(1 - paper.mean, 1),
                 percent(1 - seconds.mean, 1),
                 percent(
-                    facts.mean("mat", lambda line: line["probe_seconds"] / line["seconds"]).mean, 1
+                    facts.mean("mat", lambda line: line["episode_seconds"] / line["seconds"]).mean,
+                    1,
                 ),
                 signed(facts.versus("mat", "full")),
             ]

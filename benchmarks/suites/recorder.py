@@ -37,6 +37,8 @@ class Recorder(L.Callback):
         forward_flops: FLOPs of a forward pass over one sample; 0 before the first validation.
         full_step_flops: FLOPs of a step in which everything trains; 0 before the second step.
         batches: Checksums of the first batches, equal where data order and masks are.
+        episode_seconds: What it took to begin all episodes: to look at the model, to draw samples,
+            to probe, to decide and to make gate and optimizer follow.
     """
 
     #: Batches of which the checksum is noted.
@@ -60,10 +62,15 @@ class Recorder(L.Callback):
         self.forward_flops = 0.0
         self.full_step_flops = 0.0
         self.batches: list[int] = []
-        self._episode = 0
+        self.episode_seconds = 0.0
+        self._episode, self._since = 0, 0.0
         self._counting = ExitStack()
 
     # ---- training ------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note when the look at the model begins."""
+        self._since = self.clock.seconds
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -71,6 +78,7 @@ class Recorder(L.Callback):
         """Note which batch comes."""
         if len(self.batches) < self.BATCHES:
             self.batches.append(checksum(batch))
+        self._since = self.clock.seconds
 
     def on_train_batch_end(
         self,
@@ -96,6 +104,10 @@ class Recorder(L.Callback):
             self._episode = mat.episode
             if getattr(mat.policy, "every_n_steps", None) is None:
                 self.episodes.append({"step": trainer.global_step - 1, **episode(mat)})
+
+    def end_of_turn(self) -> None:
+        """Add the time since this callback's own turn, in which only MATCallback's has been."""
+        self.episode_seconds += self.clock.seconds - self._since
 
     # ---- validation ----------------------------------------------------------------------------
 
@@ -182,6 +194,7 @@ class Recorder(L.Callback):
             "forward_flops": self.forward_flops,
             "full_step_flops": self.full_step_flops,
             "batches": self.batches,
+            "episode_seconds": self.episode_seconds,
             "episode": self._episode,
         }
 
@@ -192,7 +205,30 @@ class Recorder(L.Callback):
         self.forward_flops = state_dict["forward_flops"]
         self.full_step_flops = state_dict["full_step_flops"]
         self.batches = list(state_dict["batches"])
+        self.episode_seconds = state_dict["episode_seconds"]
         self._episode = state_dict["episode"]
+
+
+class AfterEpisodes(L.Callback):
+    """Stands behind MATCallback: what passed since the recorder's turn began an episode.
+
+    Args:
+        recorder: Where it is noted.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Note nothing yet."""
+        self.recorder = recorder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note what the look at the model has taken."""
+        self.recorder.end_of_turn()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what an episode that began has taken."""
+        self.recorder.end_of_turn()
 
 
 def checksum(batch: Any) -> int:

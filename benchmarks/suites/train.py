@@ -16,7 +16,7 @@ import torch
 from benchmarks.suites.build import freeze_lower_half
 from benchmarks.suites.methods import FOLLOWING, callback
 from benchmarks.suites.noted import number, record_of, shares_trained
-from benchmarks.suites.recorder import Recorder
+from benchmarks.suites.recorder import AfterEpisodes, Recorder
 from benchmarks.suites.results import Line
 from benchmarks.suites.spec import Run
 from benchmarks.suites.start import made
@@ -103,7 +103,7 @@ def train(
         check_val_every_n_epoch=None,
         # The stop is last: what the others noted of the step is in its checkpoint.
         callbacks=[
-            *(recorder, clock, special),
+            *(recorder, clock, special, AfterEpisodes(recorder)),
             *([observer] if observer else []),
             _Stop(deadline, last, every),
         ],
@@ -161,11 +161,12 @@ def spent(recorder: Recorder, steps: int) -> dict[str, Any]:
     }
     if isinstance(special, MATCallback):
         summary = special.summary()
-        for name in ("probes", "probe_flops", "probe_seconds", "trained_share"):
+        for name in ("probes", "probe_flops", "trained_share"):
             found[name] = number(summary[name])
+        found["episode_seconds"] = round(recorder.episode_seconds, 3)
         found["units"] = len(special.mat.part) if special.mat else 0
     else:
-        found |= {"probes": 0, "probe_flops": 0, "probe_seconds": 0.0}
+        found |= {"probes": 0, "probe_flops": 0, "episode_seconds": 0.0}
         found["trained_share"] = recorder.plain_share
     if recorder.steps_trained is not None:
         found["shares_trained"] = shares_trained(recorder.steps_trained, steps)

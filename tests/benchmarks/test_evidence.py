@@ -41,7 +41,7 @@ def line(run, *, loss=5.0, seconds=100.0, flops=1e15, probe_seconds=0.0, needs=N
             "seconds": seconds,
         },
         **{"flops": flops, "paper_flops": flops, "full_step_flops": 1e14, "units": 4},
-        **{"probes": int(probe_seconds > 0), "probe_seconds": probe_seconds, "probe_flops": 0.0},
+        **{"probes": int(probe_seconds > 0), "episode_seconds": probe_seconds, "probe_flops": 0.0},
         **{"trained_share": 0.5, "shares_trained": {"50": 1, "100": 3}},
         "curve": [first, point],
         "episodes": [{"step": 2, "trained": active, "reasons": reasons}]
@@ -216,7 +216,7 @@ def test_probe_shares_and_callback_costs():
     for one in lines:
         one["scale"] = "cpu"
     text = sentences.overhead({"bert": lines})
-    assert "Probes took 1.0% of a run's seconds in the mean of a suite, most in `bert`" in text
+    assert "Probes and decisions took 1.0% of a run's seconds in the mean of a suite, most in `bert`" in text
     rounds = [
         {"plain": {"step_seconds": 1.0}, "active": {"step_seconds": ratio}}
         for ratio in (1.0, 1.1, 9.0)

@@ -37,7 +37,7 @@ METHODS = [
     Method("bottom", "bottom", like="mat"),
 ]
 #: What differs between two machines, or two moments.
-VARYING = ("seconds", "probe_seconds", "environment", "rounds")
+VARYING = ("seconds", "episode_seconds", "environment", "rounds")
 
 
 def runs_of(*names: str, seeds=(0,)) -> list[Run]:
@@ -153,7 +153,7 @@ def test_a_line_has_what_the_report_needs(lines):
     assert 0 < mat["trained_share"] < 1
     assert [e["step"] for e in mat["episodes"]] == [2, 4]
     assert sum(mat["shares_trained"].values()) == mat["units"] == 20
-    assert mat["seconds"] >= mat["probe_seconds"] > 0
+    assert mat["seconds"] >= mat["episode_seconds"] > 0
     json.dumps(mat, allow_nan=False)
 
 
