@@ -139,8 +139,8 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
         return "What the probes cost has not been measured yet."
     most = max(means, key=lambda suite: means[suite])
     text = (
-        f"Probes and decisions took {span(list(means.values()), 1)} of a run's seconds in the mean of a suite, "
-        f"most in `{most}`"
+        f"Probes and decisions took {span(list(means.values()), 1)} of a run's seconds in the mean "
+        f"of a suite, most in `{most}`"
     )
     steps = [
         step_ratio(list(f.lines["interleaved"].values()), "active").mean

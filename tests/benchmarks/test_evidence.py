@@ -216,7 +216,7 @@ def test_probe_shares_and_callback_costs():
     for one in lines:
         one["scale"] = "cpu"
     text = sentences.overhead({"bert": lines})
-    assert "Probes and decisions took 1.0% of a run's seconds in the mean of a suite, most in `bert`" in text
+    assert "took 1.0% of a run's seconds in the mean of a suite, most in `bert`" in text
     rounds = [
         {"plain": {"step_seconds": 1.0}, "active": {"step_seconds": ratio}}
         for ratio in (1.0, 1.1, 9.0)
