@@ -346,7 +346,7 @@ class MATCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the calendar never came to a probe."""
         mat = self._mat()
-        if mat.episode == 0 and mat.probes == 0:
+        if trainer.is_global_zero and mat.episode == 0 and mat.probes == 0:
             said = self.schedule.never(trainer.current_epoch, trainer.global_step)
             warnings.warn(said, stacklevel=2)
 

@@ -380,27 +380,30 @@ class MAT:
     def _decide(self) -> Decision:
         """Return the policy's decision; with several processes that of rank 0, checked on all.
 
-        Costs may be counted differently where ranks see other samples, so rank 0's decision is
-        sent. A policy of single steps would wait for that in every step: it decides on each rank,
-        which is checked at episodes 0, 1, 2, 4, 8, ...
+        Costs may be counted differently where ranks see other samples, so rank 0 decides for all. A
+        policy of single steps would wait for that in every step: it decides on each rank, which is
+        checked at episodes 0, 1, 2, 4, 8, ...
         """
-        table = self.table()
-        if self.policy.needs_spectra:
-            decision = decide_measured(
-                self.policy, self.history, table, self.episode, self.decision
-            )
-        else:
-            decision = self.policy.decide(self.history, table, self.episode)
-            check_decision(decision, self.policy, table)
         if self.ranks is None:
-            return decision
+            return self._own_decision()
         alone = getattr(self.policy, "every_n_steps", None) is not None
-        if not alone or self.policy.needs_spectra:
-            decision = Decision.from_state_dict(self.ranks.from_first(decision.state_dict()))
-        elif self.episode & (self.episode - 1):
-            return decision
+        if alone and not self.policy.needs_spectra:
+            decision = self._own_decision()
+            if self.episode & (self.episode - 1):
+                return decision
+        else:
+            with self.ranks.together("the decision"):
+                state = self._own_decision().state_dict() if self._first else None
+            decision = Decision.from_state_dict(self.ranks.from_first(state))
         self.ranks.check_same("the decision", decision.digest())
         return decision
+
+    def _own_decision(self) -> Decision:
+        table = self.table()
+        if self.policy.needs_spectra:
+            return decide_measured(self.policy, self.history, table, self.episode, self.decision)
+        decision = self.policy.decide(self.history, table, self.episode)
+        return check_decision(decision, self.policy, table)
 
     def check_ranks(self) -> None:
         """Check that every rank goes on from the same state, for instance of a checkpoint.

@@ -172,12 +172,10 @@ class ProbeLedger:
         of_one = self._of_one or 0
         if counter is not None:
             of_one = self._mean(counter.total)
-            of_look, seconds = self._look or (0, 0.0)
-            self.flops, self.seconds, self._look = (
-                self.flops + of_look,
-                self.seconds + seconds,
-                None,
-            )
+            if self._look is not None:
+                self.flops += self._look[0]
+                self.seconds += self._look[1]
+                self._look = None
         self.flops += of_one
         self._of_one = of_one if lasts else None
 

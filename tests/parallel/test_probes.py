@@ -449,6 +449,9 @@ def gathered() -> Any:
     with Asked(known) as asked:
         whole._gather(*room)
     full = [p.full_tensor() for p in whole._stand_ins]
+    rows = {param: -(-param.shape[0] // 2) for param in whole._stand_ins}
+    largest = max(n * param[0].numel() * param.element_size() for param, n in rows.items())
+    assert [r.nbytes for r in room] == [largest, 2 * largest]
     return asked.found, all(map(torch.equal, full, whole._stand_ins.values()))
 
 
@@ -582,6 +585,23 @@ def test_rank_0_decides(tmp_path: Path, on_both: Callable[..., list[Any]]) -> No
     )
     assert first["active"] == second["active"] == [[True, True, False, True]] * 3
     assert first["decision"] == second["decision"]
+
+
+class Lost(Drawn):
+    """Cannot decide on the rank that decides for all."""
+
+    def decide(self, history: Any, units: Any, episode: int) -> policies.Decision:
+        if torch.distributed.get_rank() == 0:
+            raise KeyError("mine")
+        return super().decide(history, units, episode)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_policy_that_fails_on_rank_0_ends_the_run_on_all(tmp_path: Path, processes: Any) -> None:
+    options = {"mat": {"policy": Lost()}, "max_steps": 3}
+    first, second = processes.run(cases.gradients, tmp_path, ("ddp_mat", {}), options)
+    assert isinstance(first, KeyError)
+    assert "the decision failed in process 0 of 2: KeyError" in str(second)
 
 
 class Loose(Drawn):
