@@ -166,6 +166,7 @@ class MAT:
         self._applied: Decision | None = None
         self._slices = marks_of(self.part)
         self.full_cost = 0.0
+        self._cost = torch.zeros(len(self.part), dtype=torch.float64)
         self.episode = 0
         self.probes = 0
         self.skipped = 0
@@ -202,6 +203,7 @@ class MAT:
         if self.policy.needs_spectra:
             try:
                 self.spectra = self.measure(batch)
+                self._cost = self.spectra.cost
             except ProbeMemoryError as error:
                 self.skip(error, step=step)
                 return self.decision
@@ -283,12 +285,8 @@ class MAT:
 
     def table(self) -> UnitTable:
         """Return what a policy may know of the units."""
-        cost = torch.zeros(len(self.part), dtype=torch.float64)
-        if self.spectra is not None:
-            cost = self.spectra.cost * self.gate.products
-        return UnitTable(
-            self.part.names, self.part.kinds, self.part.layers, cost, full_cost=self.full_cost
-        )
+        part, cost = self.part, self._cost * self.gate.products
+        return UnitTable(part.names, part.kinds, part.layers, cost, full_cost=self.full_cost)
 
     def apply(self) -> None:
         """Make the gate and the optimizers follow the decision."""
@@ -314,6 +312,7 @@ class MAT:
             "history": self.history.state_dict(),
             "decision": self.decision.state_dict(),
             "full_cost": self.full_cost,
+            "cost": self._cost,
             "episode": self.episode,
             "probes": self.probes,
             "skipped": self.skipped,
@@ -358,6 +357,8 @@ class MAT:
             decision = mapped_decision(decision, saved, self.part, new=cut)
         self.history, self.decision = history, decision
         self.full_cost = float(state["full_cost"])
+        known = None if others else state.get("cost")
+        self._cost = torch.zeros_like(self._cost) if known is None else known
         self.episode = int(state["episode"])
         self.probes = int(state["probes"])
         self.skipped = int(state.get("skipped", 0))
