@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
     pytest.mark.filterwarnings("ignore"),
 ]
+ROOT = Path(__file__).parents[2]
 
 
 class Leak(L.Callback):
@@ -97,3 +100,10 @@ def test_a_gate_that_changes_a_weight_is_found(monkeypatch: pytest.MonkeyPatch) 
 
 def test_decisions_make_no_graphs() -> None:
     assert soak.graphs(4) == 2
+
+
+def test_the_page_shows_the_result() -> None:
+    result = json.loads((ROOT / "benchmarks/results/soak-cpu.json").read_text(encoding="utf-8"))
+    assert result["complaints"] == []
+    assert result["environment"]["modified"] is False
+    assert soak.said(result) in (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
