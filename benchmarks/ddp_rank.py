@@ -150,6 +150,7 @@ def _probe(model: nn.Module, job: Job) -> dict[str, Any]:
             workload.loss(model, samples)
 
     cost = mat.probe.measure(samples).cost
+    buffers = sum(1 for buffer in model.buffers() if buffer.numel())
     loads = {n: share_of_probe(mat.part, cost, share_out(mat.part, cost, n)) for n in job.ranks}
     return {
         "seconds": seconds,
@@ -158,8 +159,8 @@ def _probe(model: nn.Module, job: Job) -> dict[str, Any]:
         "samples": job.samples,
         "busiest": {str(n): max(load) for n, load in loads.items()},
         "work": {str(n): sum(load) for n, load in loads.items()},
-        # A flag, the samples (two), the numbers, and each buffer.
-        "collectives": 4 + sum(1 for buffer in model.buffers() if buffer.numel()),
+        # A flag, the samples (two), the numbers; where there are buffers, a flag and each of them.
+        "collectives": 4 + (1 + buffers if buffers else 0),
         "gathered_bytes": 8 * len(mat.part) * (job.samples + 2),
         "decision_bytes": len(pickle.dumps(mat.decision.state_dict())),
         "cost_per_sample": float(cost.sum()),

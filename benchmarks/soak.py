@@ -2,14 +2,19 @@
 
     python benchmarks/soak.py [--steps 10000] [--every 20]
 
-Trains a two-layer BERT through Lightning with a probe every 20 steps, and looks, every 500 steps,
-at resident memory, Python objects, hooks, the optimizer's state, open files and what lies beside
-the spectra file. Then it puts a gate on and off 1,000 times, and gives a compiled model 300
-decisions. Exits with status 1 and names what grew, if anything did:
+Trains a two-layer BERT through Lightning with a probe every 20 steps, after each of which another
+half of the units rests, and looks, every 500 steps, at resident memory, Python objects, hooks,
+gated modules, the optimizer's state, open files and the run's folder. Then it puts a gate on and
+off 1,000 times, and gives a compiled model 333 decisions. Exits with status 1 and names what grew,
+if anything did:
 
-* resident memory by more than 2% after step 1,000, or any count at all from there on;
+* resident memory or Python objects, at any look, by more than 2% over those of step 1,000;
+* a count, at any look after that one, at all;
+* what a probe adds to the spectra or to the log, by more than 2%;
 * a parameter or buffer that is not bit-equal after the gate's coming and going;
 * a graph beyond the first two (one without a gate, one with it).
+
+It also does so if nothing rested at a look, or a probe was skipped: then nothing was shown.
 
 Writes ``benchmarks/results/soak-<device>.json``.
 """
@@ -26,7 +31,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,12 +44,24 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import write_result
 from examples.models.bert import Bert, preset
-from lightning_mat import Gate, MATCallback, partition
+from lightning_mat import Gate, MATCallback, partition, policies
 
 WORDS, LENGTH, BATCH = 50, 8, 8
+LOOK, TURNS, DECISIONS = 500, 1000, 333
 SETTLED = 1000
 """Steps after which nothing may grow any more."""
-MEMORY = 0.02
+BREATH = 0.02
+BREATHES = ("resident_bytes", "python_objects", "spectra_bytes_per_probe", "log_bytes_per_probe")
+"""What may grow by that share; all else may not grow."""
+
+
+class Halves(policies.Random):
+    """A random half of each layer's units rests, another one in each episode, after a probe.
+
+    So as many layers are gated at every look.
+    """
+
+    needs_spectra: ClassVar[bool] = True
 
 
 class Tiny(L.LightningModule):
@@ -74,20 +91,24 @@ class Watch(L.Callback):
     Args:
         every: Steps between two looks.
         folder: The run's folder.
+        callback: Whose run it is.
     """
 
-    def __init__(self, every: int, folder: Path) -> None:
+    def __init__(self, every: int, folder: Path, callback: MATCallback) -> None:
         """Start without a look."""
-        self.every, self.folder = every, folder
+        self.every, self.folder, self.callback = every, folder, callback
         self.looks: list[dict[str, int]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         """Look."""
         if trainer.global_step % self.every == 0:
-            self.looks.append({"step": trainer.global_step, **look(trainer, module, self.folder)})
+            found = look(trainer, module, self.folder, self.callback)
+            self.looks.append({"step": trainer.global_step, **found})
 
 
-def look(trainer: L.Trainer, module: nn.Module, folder: Path) -> dict[str, int]:
+def look(
+    trainer: L.Trainer, module: nn.Module, folder: Path, callback: MATCallback
+) -> dict[str, int]:
     """Return how much there is of everything that could pile up."""
     gc.collect()
     hooks = sum(
@@ -102,64 +123,96 @@ def look(trainer: L.Trainer, module: nn.Module, folder: Path) -> dict[str, int]:
         for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")
     )
     optimizer = trainer.optimizers[0]
-    beside = [p for p in folder.rglob("mat/**/*") if p.is_file() and p.name != "spectra.npz"]
+    mat = callback.mat
+    assert mat is not None
+    size = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    spectra = {path for path in size if path.name == "spectra.npz"}
+    spectra |= {path for path in size if path.parent.name == "spectra.eigenvalues"}
+    log = {path for path in size if path.name == "metrics.csv"}
     return {
         "resident_bytes": _resident(),
         "python_objects": len(gc.get_objects()),
         "hooks": hooks,
+        "gated_modules": sum("forward" in vars(m) for m in module.modules()),
+        "units_at_rest": int((~mat.active).sum()),
         "optimizer_tensors": sum(len(state) for state in optimizer.state.values()),
         "parameter_groups": len(optimizer.param_groups),
         "open_files": len(os.listdir("/proc/self/fd")),
-        "bytes_beside_spectra": sum(p.stat().st_size for p in beside),
+        "spectra_bytes_per_probe": sum(size[path] for path in spectra) // mat.probes,
+        "log_bytes_per_probe": sum(size[path] for path in log) // mat.probes,
+        "other_bytes": sum(size[path] for path in size.keys() - spectra - log),
     }
 
 
 def grown(looks: list[Mapping[str, int]], settled: int = SETTLED) -> list[str]:
     """Return what grew after ``settled`` steps, a sentence each.
 
-    Resident memory and Python objects breathe: they may grow by :data:`MEMORY`, from the first of
-    the later looks to the smallest of the last three. Counts may not grow at all.
+    The first look from there on is compared with the greatest of all later ones. What
+    :data:`BREATHES` names may be larger by :data:`BREATH`, counts may not be larger at all.
+
+    Raises:
+        ValueError: If there are fewer than two looks from there on.
 
     Example:
         >>> before = {"step": 1000, "resident_bytes": 100, "hooks": 3}
         >>> grown([before, {**before, "step": 1500, "resident_bytes": 101}])
         []
-        >>> grown([before, {**before, "step": 1500, "hooks": 4}])
-        ['hooks grew from 3 at step 1000 to 4']
+        >>> grown([before, {**before, "step": 1500, "hooks": 4}, {**before, "step": 2000}])
+        ['hooks grew from 3 at step 1000 to 4 at step 1500']
     """
     later = [each for each in looks if each["step"] >= settled]
     if len(later) < 2:
         raise ValueError(f"need two looks from step {settled} on, got {len(later)}: run longer")
-    found = []
-    for name in later[0]:
-        first, last = later[0][name], min(each[name] for each in later[1:][-3:])
-        breathes = name in ("resident_bytes", "python_objects")
-        if name != "step" and last > first * (1 + MEMORY if breathes else 1):
-            found.append(f"{name} grew from {first} at step {later[0]['step']} to {last}")
-    return found
+    first, found = later[0], []
+    for name in first.keys() - {"step"}:
+        most = max(later[1:], key=lambda each: each[name])
+        if most[name] > first[name] * (1 + BREATH * (name in BREATHES)):
+            found.append(
+                f"{name} grew from {first[name]} at step {first['step']} to {most[name]} at step "
+                f"{most['step']}"
+            )
+    return sorted(found)
 
 
-def train(steps: int, every: int, look_every: int) -> dict[str, Any]:
-    """Return the looks at one run, and how long it took."""
+def unshown(run: Mapping[str, Any]) -> list[str]:
+    """Return why a run shows nothing, if so: units must rest at every look, and probes succeed."""
+    idle = [
+        f"{name} is 0 at step {each['step']}: nothing that could pile up was in use"
+        for each in run["looks"]
+        for name in ("gated_modules", "units_at_rest")
+        if not each[name]
+    ]
+    return idle + ([f"{run['skipped']} probes were skipped"] if run["skipped"] else [])
+
+
+def train(steps: int, every: int, look_every: int, *others: L.Callback) -> dict[str, Any]:
+    """Return the looks at one run, and what it was.
+
+    Args:
+        steps: Of the optimizer.
+        every: Steps between two probes.
+        look_every: Steps between two looks.
+        others: Callbacks that run beside.
+    """
     L.seed_everything(0, verbose=False)
     words = torch.randint(WORDS, (16 * BATCH, LENGTH))
     loader = DataLoader(TensorDataset(words), BATCH, shuffle=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        watch = Watch(look_every, folder)
         mat = MATCallback(
             "heads+ffn",
+            policy=Halves(),
             every_n_steps=every,
             warmup_epochs=0,
             n_samples=16,
             skip="units",
-            keep_eigenvalues=False,
         )
+        watch = Watch(look_every, folder, mat)
         trainer = L.Trainer(
             max_steps=steps,
             accelerator="cpu",
-            logger=CSVLogger(folder, name="log"),
-            callbacks=[mat, watch],
+            logger=CSVLogger(folder, name="log", flush_logs_every_n_steps=1),
+            callbacks=[mat, *others, watch],
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -167,8 +220,14 @@ def train(steps: int, every: int, look_every: int) -> dict[str, Any]:
         start = time.perf_counter()
         trainer.fit(Tiny(), loader)
         seconds = time.perf_counter() - start
-        probes = mat.summary()["probes"]
-    return {"looks": watch.looks, "probes": probes, "seconds": seconds}
+        summary = mat.summary()
+    return {
+        "looks": watch.looks,
+        "probes": summary["probes"],
+        "skipped": summary["skipped_probes"],
+        "trained_share": summary["trained_share"],
+        "seconds": seconds,
+    }
 
 
 def come_and_go(times: int) -> list[str]:
@@ -207,7 +266,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--every", type=int, default=20, help="steps between two probes")
-    parser.add_argument("--quick", action="store_true", help="1,500 steps; writes nothing")
     args = parser.parse_args()
     if args.steps < 2 * SETTLED:
         parser.error(f"--steps must be ≥ {2 * SETTLED}, got {args.steps}")
@@ -216,26 +274,39 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning_mat")
 
-    steps, turns = (1500, 50) if args.quick else (args.steps, 1000)
-    run = train(steps, args.every, 250 if args.quick else 500)
-    complaints = grown(run["looks"])
-    complaints += [f"{name} changed under a gate" for name in come_and_go(turns)]
-    made = graphs(turns // 3)
+    run = train(args.steps, args.every, LOOK)
+    complaints = grown(run["looks"]) + unshown(run)
+    complaints += [f"{name} changed under a gate" for name in come_and_go(TURNS)]
+    made = graphs(DECISIONS)
     if made > 2:
         complaints.append(f"a compiled model made {made} graphs")
-    first, last = (next(x for x in run["looks"] if x["step"] >= SETTLED), run["looks"][-1])
-    print(f"{steps} steps and {run['probes']} probes in {run['seconds']:.0f} s; {made} graphs")
-    for name in first:
-        print(f"{name:22} {first[name]:>12} {last[name]:>12}")
+    settings = {**vars(args), "settled": SETTLED, "gates": TURNS, "decisions": DECISIONS}
+    result = {"settings": settings, **run, "graphs": made, "complaints": complaints}
+    print(said(result))
     for complaint in complaints:
-        print(f"GREW: {complaint}")
-    if not args.quick:
-        settings = {**vars(args), "gates": turns, "decisions": turns // 3}
-        write_result(
-            "soak-cpu",
-            {"settings": settings, **run, "graphs": made, "complaints": complaints},
-        )
+        print(f"NOT FLAT: {complaint}")
+    write_result("soak-cpu", result)
     return 1 if complaints else 0
+
+
+def said(result: Mapping[str, Any]) -> str:
+    """Return what a result says, as docs/reliability.md has it."""
+    settings = result["settings"]
+    later = [each for each in result["looks"] if each["step"] >= settings["settled"]]
+    lines = [
+        f"- {name.replace('_', ' ')}: {later[0][name]:,}, later at most "
+        f"{max(each[name] for each in later[1:]):,}"
+        for name in later[0]
+        if name != "step"
+    ]
+    steps, probes = settings["steps"], result["probes"]
+    return (
+        f"{steps:,} steps, {probes:,} probes, {len(result['looks'])} looks; of the units "
+        f"{result['trained_share']:.0%} trained. A gate that came and went {settings['gates']:,} "
+        f"times left every parameter and buffer bit-equal, and a compiled model made "
+        f"{result['graphs']} graphs in {settings['decisions']} decisions. At step "
+        f"{later[0]['step']:,}, and at any look after it:\n\n" + "\n".join(lines)
+    )
 
 
 def _resident() -> int:

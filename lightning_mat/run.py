@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_mat.mntk.samples import count_samples
 from lightning_mat.parallel.ranks import Ranks
 from lightning_mat.parallel.refusals import check_strategy
+
+_failed: WeakSet[Logger] = WeakSet()
+"""Loggers of which a warning has said that they cannot write."""
 
 
 def check_run(trainer: pl.Trainer, callback: type[Callback]) -> None:
@@ -66,7 +71,21 @@ def samples_of(batch: Any) -> int:
 
 
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Log metrics, with ``mat/`` before their names, to all loggers of a run."""
+    """Log metrics, with ``mat/`` before their names, to all loggers of a run.
+
+    A logger that cannot write (a full disk, a server that cannot be reached) costs one warning. It
+    is asked again: a ``CSVLogger`` then writes what it has kept. What Lightning itself logs is
+    Lightning's, and so are the errors.
+    """
+    named = {f"mat/{name}": value for name, value in metrics.items()}
     for logger in trainer.loggers:
-        named = {f"mat/{name}": value for name, value in metrics.items()}
-        logger.log_metrics(named, step=step)
+        try:
+            logger.log_metrics(named, step=step)
+        except OSError as error:
+            if logger not in _failed:
+                _failed.add(logger)
+                warnings.warn(
+                    f"{type(logger).__name__} cannot log what MAT measures ({error}): training "
+                    "goes on",
+                    stacklevel=2,
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -13,11 +14,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mat import MAT, MATCallback, policies
-from lightning_mat.report.store import SpectraStore, read
+from lightning_mat.report.store import read
 from tests.lightning_models import Points, Small, Watch, data, mat, model, trainer, weights
 
 
@@ -171,16 +173,97 @@ def test_counted_flops_are_what_the_step_costs(tmp_path: Path) -> None:
     assert callback.summary()["flops"] == 96 * (forward + backward)
 
 
-def test_a_full_disk_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "spectra.npz")
+FULL = Path("/dev/full")  # every write to it fails with ENOSPC
+needs_full = pytest.mark.skipif(not FULL.exists(), reason=f"{FULL} is Linux's")
 
-    monkeypatch.setattr(SpectraStore, "append", full)
+
+def fill(path: Path) -> None:
+    """Let a file be on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(FULL)
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("spectra.npz.part", marks=needs_full),
+        pytest.param("spectra.eigenvalues/000001.npy.part", marks=needs_full),
+        "fsync",
+    ],
+)
+def test_a_full_disk_costs_one_warning(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "fsync":
+        monkeypatch.setattr(os, "fsync", no_space)
+    else:
+        fill(tmp_path / "mat" / place)
     callback = mat()
     with pytest.warns(UserWarning, match="No space left") as caught:
         trainer(tmp_path, callback).fit(model(), data())
     assert sum("No space left" in str(w.message) for w in caught) == 1
     assert callback.summary()["probes"] == 3
+    # What was written before is whole.
+    stored = tmp_path / "mat" / "spectra.npz"
+    assert (read(stored).step.tolist() if stored.exists() else []) == [6][: "000001" in place]
+
+
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=needs_full)])
+def test_a_disk_that_is_full_at_the_start_costs_one_warning(
+    resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    trainer(tmp_path, mat(), save, enable_checkpointing=True).fit(model(), data())
+    if resumed:  # the probes after the checkpoint are dropped
+        fill(tmp_path / "mat" / "spectra.npz.part")
+    else:  # the earlier run's folder is renamed
+        monkeypatch.setattr(Path, "rename", no_space)
+    callback = mat()
+    with pytest.warns(UserWarning, match="No space left") as caught:
+        trainer(tmp_path, callback).fit(
+            model(), data(), ckpt_path=tmp_path / "step=7.ckpt" if resumed else None
+        )
+    assert sum("No space left" in str(w.message) for w in caught) == 1
+    assert callback.summary()["probes"] == 3
+    assert read(tmp_path / "mat" / "spectra.npz").step.tolist() == [6, 12, 18]
+
+
+@needs_full
+def test_a_logger_on_a_full_disk_costs_one_warning(tmp_path: Path) -> None:
+    fill(tmp_path / "metrics.csv")
+
+    class Room(pl.Callback):
+        """Somebody makes room before Lightning flushes its logger, which would raise."""
+
+        def on_train_end(self, *_: Any) -> None:
+            (tmp_path / "metrics.csv").unlink()
+
+    # Of the rows, MAT's two of step 6 alone are written at once.
+    logger = CSVLogger(str(tmp_path), name="", version="", flush_logs_every_n_steps=7)
+    fit = trainer(tmp_path, mat(), Room(), logger=logger, log_every_n_steps=1000)
+    with pytest.warns(UserWarning, match="No space left") as caught:
+        fit.fit(model(), data())
+    said = [str(w.message) for w in caught if "No space left" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith("CSVLogger cannot log what MAT measures")
+    assert fit.global_step == 24
+    with (tmp_path / "metrics.csv").open() as file:
+        assert sum(bool(row["mat/probe_seconds"]) for row in csv.DictReader(file)) == 3
+
+
+@needs_full
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_lightnings_own_logging_on_a_full_disk_ends_a_run(adaptive: bool, tmp_path: Path) -> None:
+    fill(tmp_path / "metrics.csv")
+    logger = CSVLogger(str(tmp_path), name="", version="", flush_logs_every_n_steps=9)
+    module, fit = model(), trainer(tmp_path, *[mat()] * adaptive, logger=logger)
+    with pytest.raises(OSError, match="No space left"):
+        fit.fit(module, data())
+    assert not any("forward" in m.__dict__ for m in module.modules())
 
 
 def test_nan_keeps_the_previous_decision(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
     )
+
+
+@contextmanager
+def memory_errors(text: str) -> Iterator[None]:
+    """Raise a :class:`ProbeMemoryError` with a text where memory runs out; all else passes.
+
+    It is a decorator, too. Errors of the system's and the GPU's allocators do not say that a run
+    survives them; this one does, see :mod:`lightning_mat.faults`.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ProbeMemoryError(text) from error
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

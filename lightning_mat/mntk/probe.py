@@ -17,7 +17,12 @@ from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
 from lightning_mat.mntk.layout import Layout, sketch
 from lightning_mat.mntk.look import Look, look, sample_ids
-from lightning_mat.mntk.memory import ProbeMemoryError, free_memory, is_out_of_memory
+from lightning_mat.mntk.memory import (
+    ProbeMemoryError,
+    free_memory,
+    is_out_of_memory,
+    memory_errors,
+)
 from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
 from lightning_mat.mntk.plan import MIN_WORKSPACE, Footprint, make_plan
 from lightning_mat.mntk.quiet import PRECISIONS, quiet
@@ -32,6 +37,10 @@ from lightning_mat.units.core import Partition
 TOO_LARGE = (
     "a probe of one or two samples at a time does not fit the memory: lower n_samples or the "
     "length of the samples"
+)
+AROUND_TOO_LARGE = (
+    "memory ran out before a probe's first pass or after its last one: the probe does not fit "
+    "beside the model; lower n_samples or the length of the samples"
 )
 
 
@@ -113,6 +122,7 @@ class Probe:
         self._seen: list[tuple[str, nn.Module]] = []
         self._routed = False
 
+    @memory_errors(AROUND_TOO_LARGE)
     def measure(self, batch: Any) -> Spectra:
         """Return the spectra over the samples of one batch; leaves no trace in the model.
 
@@ -123,7 +133,8 @@ class Probe:
             ValueError: If there are fewer than two samples, the output cannot be computed, or a
                 layer has no per-sample gradient, or a unit's layer was replaced since the probe was
                 made; the message names it.
-            ProbeMemoryError: If not even one sample fits the memory.
+            ProbeMemoryError: If not even one sample fits the memory, or what is there before and
+                after the passes does not.
         """
         self._check_model()
         samples = count_samples(batch)
@@ -157,6 +168,7 @@ class Probe:
         values = solved.eigenvalues.cpu().clamp_min(0)
         return Spectra(self.part.names, values, cost, grams, alignment)
 
+    @memory_errors(AROUND_TOO_LARGE)
     def prepare(self, batch: Any) -> None:
         """Look at the model, as the first measurement does, to find early what cannot be measured.
 
@@ -165,6 +177,7 @@ class Probe:
 
         Raises:
             ValueError: As :meth:`measure`.
+            ProbeMemoryError: Likewise.
         """
         batch = to_device(batch, next(self.model.parameters()).device)
         with quiet(self.model, self.precision):

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
@@ -33,12 +33,7 @@ def quiet(model: nn.Module, precision: str = "float32") -> Iterator[None]:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     training = {module: module.training for module in model.modules()}
     frozen = {p: p.requires_grad for p in model.parameters()}
-    buffers = [
-        (module, name, b, b._version, b.detach().clone())
-        for module in training
-        for name, b in module._buffers.items()
-        if b is not None
-    ]
+    buffers = _kept_buffers(training)
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(kept_random_streams(cuda))
@@ -63,6 +58,18 @@ def quiet(model: nn.Module, precision: str = "float32") -> Iterator[None]:
                     module._buffers[name] = buffer
                     if buffer._version != version:
                         buffer.copy_(before)
+
+
+def _kept_buffers(
+    modules: Iterable[nn.Module],
+) -> list[tuple[nn.Module, str, Tensor, int, Tensor]]:
+    """Return where each buffer is, itself, its version, and a copy of it."""
+    return [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_mat.policies.base import LAMBDA_MAX
+from lightning_mat.report.arrays import (
+    FORMAT,
+    PER_PROBE,
+    SERIES,
+    load_arrays,
+    load_eigenvalues,
+)
 from lightning_mat.report.files import write_whole
 
 if TYPE_CHECKING:
@@ -20,10 +26,6 @@ if TYPE_CHECKING:
     from lightning_mat.policies.base import Decision, UnitTable
 
 Floats = NDArray[np.float64]
-
-_FORMAT = 1
-_SERIES = ("lambda_max", "lambda_min", "trace", "effective_rank")
-_PER_PROBE = ("step", "epoch", "seconds", *_SERIES, "active", "reason", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class SpectraStore:
             ValueError: If the units differ from those of the stored probes, or the file is not one
                 of this store's.
         """
-        stored = _before(_load(self.path), probe.step) if self.path.exists() else None
+        stored = _before(load_arrays(self.path), probe.step) if self.path.exists() else None
         row = _arrays_of(probe)
         if stored is not None and len(stored["step"]):
             if any(not np.array_equal(stored[k], row[k]) for k in ("names", "kinds")):
@@ -173,7 +175,7 @@ class SpectraStore:
         """
         if not self.path.exists():
             return
-        stored = _load(self.path)
+        stored = load_arrays(self.path)
         kept = _before(stored, step + 1)
         if len(kept["step"]) < len(stored["step"]):
             write_whole(self.path, partial(_save_arrays, arrays=kept))
@@ -186,7 +188,7 @@ class SpectraStore:
             FileNotFoundError: If there is no file yet.
             ValueError: If the file is not one of this store's.
         """
-        arrays = _load(self.path)
+        arrays = load_arrays(self.path)
         count = len(arrays["step"])
         reason_names = arrays["reason_names"].tolist()
         return SpectraData(
@@ -195,20 +197,20 @@ class SpectraStore:
             layers=tuple(arrays["layers"].tolist()),
             reasons=tuple(tuple(reason_names[c] for c in row) for row in arrays["reason"].tolist()),
             thresholds={k: arrays["thresholds"][:, j] for j, k in enumerate(arrays["kind_names"])},
-            eigenvalues=self._read_eigenvalues(count),
-            **{k: arrays[k] for k in ("step", "epoch", "seconds", *_SERIES, "active")},
+            eigenvalues=self._read_eigenvalues(count, len(arrays["names"])),
+            **{k: arrays[k] for k in ("step", "epoch", "seconds", *SERIES, "active")},
         )
 
     def _eigenvalues(self, index: int) -> Path:
         """Return the file of one probe's full spectra."""
         return self.path.with_suffix(".eigenvalues") / f"{index:06d}.npy"
 
-    def _read_eigenvalues(self, count: int) -> Floats | None:
+    def _read_eigenvalues(self, count: int, units: int) -> Floats | None:
         """Return all full spectra, [P, L, S], or None where some were not kept."""
         files = [self._eigenvalues(i) for i in range(count)]
         if not files or not all(f.exists() for f in files):
             return None
-        spectra = [np.load(f, allow_pickle=False) for f in files]
+        spectra = [load_eigenvalues(f, units) for f in files]
         samples = max(s.shape[1] for s in spectra)
         padded = [
             np.pad(s, ((0, 0), (0, samples - s.shape[1])), constant_values=np.nan) for s in spectra
@@ -235,7 +237,7 @@ def _arrays_of(probe: Probe) -> dict[str, NDArray[Any]]:
     thresholds = decision.thresholds if decision.measure == LAMBDA_MAX else {}
     kind_names = list(dict.fromkeys(units.kinds))
     return {
-        "format": np.array(_FORMAT),
+        "format": np.array(FORMAT),
         "names": _strings(units.names),
         "kinds": _strings(units.kinds),
         "layers": _strings(units.layers),
@@ -244,7 +246,7 @@ def _arrays_of(probe: Probe) -> dict[str, NDArray[Any]]:
         "step": np.array([probe.step], dtype=np.int64),
         "epoch": np.array([probe.epoch], dtype=np.int64),
         "seconds": np.array([probe.seconds], dtype=np.float64),
-        **{s: getattr(probe.spectra, s).detach().cpu().double().numpy()[None] for s in _SERIES},
+        **{s: getattr(probe.spectra, s).detach().cpu().double().numpy()[None] for s in SERIES},
         "active": decision.active.numpy()[None],
         "reason": np.array([[reason_names.index(r) for r in decision.reasons]], dtype=np.uint16),
         "thresholds": np.array([[thresholds.get(k, np.nan) for k in kind_names]]),
@@ -257,34 +259,16 @@ def _joined(stored: dict[str, NDArray[Any]], row: dict[str, NDArray[Any]]) -> di
     known += [r for r in row["reason_names"].tolist() if r not in known]
     codes = np.array([known.index(r) for r in row["reason_names"].tolist()], dtype=np.uint16)
     row = {**row, "reason": codes[row["reason"]], "reason_names": _strings(known)}
-    return {**row, **{k: np.concatenate([stored[k], row[k]]) for k in _PER_PROBE}}
+    return {**row, **{k: np.concatenate([stored[k], row[k]]) for k in PER_PROBE}}
 
 
 def _before(arrays: dict[str, NDArray[Any]], step: int) -> dict[str, NDArray[Any]]:
     """Return the arrays without the probes of steps at or after ``step``."""
     count = int(np.searchsorted(arrays["step"], step))
-    kept = {k: arrays[k][:count] for k in _PER_PROBE}
+    kept = {k: arrays[k][:count] for k in PER_PROBE}
     # Reasons are numbered as they first appear, so those of later probes are the last ones.
     used = int(kept["reason"].max()) + 1 if count else 0
     return {**arrays, **kept, "reason_names": _strings(arrays["reason_names"][:used].tolist())}
-
-
-def _load(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a file, checked."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no spectra at {path}: they are written at the first probe, after the warm-up"
-        )
-    arrays = {}
-    if zipfile.is_zipfile(path):
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    if "format" not in arrays or arrays["format"] != _FORMAT:
-        raise ValueError(
-            f"{path} is not a spectra file of format {_FORMAT}: it is damaged, or was written by "
-            "another version or by something else; move it away"
-        )
-    return arrays
 
 
 def _strings(values: Sequence[str]) -> NDArray[np.str_]:

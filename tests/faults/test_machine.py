@@ -1,11 +1,15 @@
-"""Probes, steps, skipped steps, saves, loads and stops in any order keep what MAT promises."""
+"""The callback's events in any order keep what MAT promises.
+
+Batches with and without a probe, probes in which memory runs out or which are interrupted, steps,
+batches that accumulate or whose step loss scaling skips, errors, saves (in a probe, too), loads,
+stops, fits anew.
+"""
 
 from __future__ import annotations
 
 import copy
-import io
-import random
-from collections.abc import Iterable
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,64 +19,37 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
-from lightning_mat import MAT, Partition, Slice, Unit
+from lightning_mat import MAT
 from lightning_mat.mntk.probe import Probe
-from lightning_mat.policies import Decision, History, UnitTable
+from lightning_mat.report.store import read
+from tests.faults.stub import Trainer
+from tests.faults.twins import (
+    EVERY,
+    Asked,
+    Calendar,
+    Drawn,
+    batch,
+    network,
+    optimizer_of,
+    same,
+    stored,
+    units_of,
+)
 from tests.reference.optim import SlabOracle
 
+PROBES = ("whole", "saved", "saved when decided", "whole", "no memory", "interrupted")
+"""What happens in the probe, if the batch begins with one."""
+ENDS = (*["steps"] * 5, "accumulates", "accumulates", "scaling skips", "raises")
+"""How a batch ends."""
 seeds = st.integers(0, 2**16)
-
-
-class Drawn:
-    """Any units may train, also all or none: a pure function of what was measured last."""
-
-    needs_spectra = True
-
-    def decide(self, history: History, units: UnitTable, episode: int) -> Decision:
-        draw = random.Random(f"machine {history.lambda_max[-1].tolist()}")
-        share = draw.choice([0.0, 0.5, 0.5, 1.0])
-        active = torch.tensor([draw.random() < share for _ in units.names])
-        return Decision(active, ("random",) * len(units), {}, units.kinds)
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
-    ).double()
-
-
-def optimizer_of(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, 0.05, weight_decay=0.1)
-
-
-def units_of(net: nn.Module) -> Partition:
-    """Return halves of layers, and a whole one; the last belongs to no unit and always trains."""
-    units = [Unit("2", "layer", "2", (Slice("2.weight"), Slice("2.bias")))]
-    for layer in ("0", "3"):
-        for start in (0, 2):
-            slices = tuple(Slice(f"{layer}.{p}", 0, start, start + 2) for p in ("weight", "bias"))
-            units.append(Unit(f"{layer}.{start}", "layer", layer, slices))
-    return Partition(units, net)
-
-
-def stored(state: Any) -> Any:
-    """Return what a checkpoint of a state loads as."""
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    stream.seek(0)
-    return torch.load(stream, weights_only=True)
-
-
-def batch(seed: int, samples: int = 5) -> Tensor:
-    return torch.randn(samples, 3, dtype=torch.float64, generator=generator(seed))
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+batches = st.tuples(seeds, st.booleans(), st.sampled_from(PROBES), st.sampled_from(ENDS))
 
 
 class Machine(RuleBasedStateMachine):
-    """One model, trained by MAT and by an optimizer per slab."""
+    """One model, trained through the callback's hooks and by an optimizer per slab.
+
+    ``stopped`` says that no fit runs: then the model is an ordinary one, which plain steps train.
+    """
 
     @initialize(seed=seeds)
     def begin(self, seed: int) -> None:
@@ -80,121 +57,214 @@ class Machine(RuleBasedStateMachine):
             torch.manual_seed(seed)
             self.net = network()
         self.plain = copy.deepcopy(self.net)
-        self.mat = self.engine(self.net)
-        self.twin: torch.optim.Optimizer | None = optimizer_of(self.plain.parameters())
-        self.oracle = SlabOracle(self.net, self.mat.part, lambda _, slabs: optimizer_of(slabs))
-        self.stopped = False
+        self.folder = tempfile.TemporaryDirectory()
         self.saved: Any = None
-        self.steps = 0
+        self.fit()
 
-    def engine(self, net: nn.Module) -> MAT:
-        return MAT(net, optimizer_of(net.parameters()), units_of(net), Drawn(), seed=1)
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    def fit(self, callback: Asked | None = None) -> None:
+        """Begin a fit, with an optimizer of its own, as ``Trainer.fit`` does."""
+        self.start(None, callback)
+        self.oracle = SlabOracle(self.net, self.mat.part, lambda _, slabs: optimizer_of(slabs))
+        self.plain.load_state_dict(self.net.state_dict())
+        self.twin: torch.optim.Optimizer | None = optimizer_of(self.plain.parameters())
+        self.calendar, self.sums = Calendar(), self.nothing(self.net)
+        # The shares of the batches, the steps of the probes, and those in the spectra file.
+        self.shares: list[float] = []
+        self.probed: list[int] = []
+        self.filed: list[int] = []
+
+    def start(self, saved: Any, callback: Asked | None = None) -> None:
+        options: dict[str, Any] = {"every_n_steps": EVERY, "warmup_epochs": 0, "n_samples": 5}
+        callback = callback or Asked(units_of(self.net), policy=Drawn(), **options)
+        optimizer = optimizer_of(self.net.parameters())
+        self.trainer = Trainer(self.net, callback, optimizer, Path(self.folder.name))
+        before = torch.get_rng_state()
+        self.trainer.start(saved)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert callback.mat is not None
+        self.callback, self.mat, self.stopped = callback, callback.mat, False
 
     def everything(self) -> list[Tensor]:
-        state = self.mat.optimizers[0].state_dict()["state"]
+        state = self.trainer.optimizers[0].state_dict()["state"]
         moments = [value for entry in state.values() for value in entry.values()]
         parameters = [p.detach() for p in self.net.parameters()]
         return [value.clone() for value in (*parameters, *moments, torch.get_rng_state())]
 
-    def gradients(self, net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        net.zero_grad()
-        net(x).square().sum().backward()
+    def nothing(self, net: nn.Module) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+
+    def gradients(self, net: nn.Module) -> dict[str, Tensor]:
         return {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in net.named_parameters()
         }
 
     @precondition(lambda self: not self.stopped)
-    @rule(seed=seeds)
-    def probe(self, seed: int) -> None:
-        before = self.everything()
-        self.mat.update(batch(seed), step=self.steps)
-        assert all(map(torch.equal, before, self.everything()))
+    @rule(several=st.lists(batches, min_size=2, max_size=6))
+    def train(self, several: list[tuple[int, bool, str, str]]) -> None:
+        for seed, asked, probe, end in several:
+            if not self.stopped:
+                self.batch(seed, asked, probe, end)
 
-    @precondition(lambda self: not self.stopped)
-    @rule(seed=seeds)
-    def probe_without_memory(self, seed: int) -> None:
-        def fails(*_: Any) -> Any:
-            raise MemoryError
-
-        decision, skipped = self.mat.decision, self.mat.skipped
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Probe, "_measure", fails)
-            with pytest.warns(UserWarning, match="skipping"):
-                self.mat.update(batch(seed), step=self.steps)
-        assert self.mat.decision is decision
-        assert self.mat.skipped == skipped + 1
-
-    @rule(seed=seeds)
-    def step(self, seed: int) -> None:
-        active = [True] * len(self.mat.part) if self.stopped else self.mat.active.tolist()
+    def batch(self, seed: int, asked: bool, probe: str, end: str) -> None:
         x = batch(seed)
-        expected = self.gradients(copy.deepcopy(self.net), x)
-        found = self.gradients(self.net, x)
-        cut = {name: grad.clone() for name, grad in expected.items()}
+        self.callback.asked = asked
+        if not self.begin_batch(x, asked, probe):
+            return
+        active = self.mat.active.tolist()
+        self.backward(x, active)
+        if end == "raises":
+            self.fail(ValueError("mine"))
+            return
+        if end == "steps":
+            self.step(active)
+        elif end == "scaling skips":
+            before = self.everything()
+            self.zero_grad()
+            assert all(map(torch.equal, before, self.everything()))
+        self.trainer.global_step += end != "accumulates"
+        self.calendar.stepped = end != "accumulates"
+        self.trainer.end_batch(x)
+        self.shares.append(sum(active) / len(active))
+
+    def begin_batch(self, x: Tensor, asked: bool, probe: str) -> bool:
+        """Let an episode begin where one is due; return False if that ended the fit."""
+        step = self.trainer.global_step
+        before, decision, counts = self.everything(), self.mat.decision, self.counts()
+        begins = self.calendar.begins(step, asked)
+        measure, apply = Probe._measure, MAT.apply
+
+        def measured(*args: Any) -> Any:
+            if probe == "no memory":
+                raise MemoryError
+            if probe == "interrupted":
+                raise KeyboardInterrupt
+            if probe == "saved":
+                self.save()
+            return measure(*args)
+
+        def applied(*args: Any) -> None:
+            if probe == "saved when decided":
+                self.save()
+            apply(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Probe, "_measure", measured)
+            patch.setattr(MAT, "apply", applied)
+            try:
+                self.trainer.begin_batch(x)
+            except KeyboardInterrupt as error:
+                assert begins
+                assert self.mat.decision is decision
+                self.fail(error)
+                return False
+        assert all(map(torch.equal, before, self.everything()))
+        skips = probe == "no memory"
+        wanted = (begins and not skips, begins and skips)
+        assert self.counts() == tuple(a + b for a, b in zip(counts, wanted, strict=True))
+        if wanted[0]:
+            self.probed.append(step)
+            self.filed = [*(s for s in self.filed if s < step), step]
+        else:
+            assert self.mat.decision is decision
+        if begins:
+            self.calendar.decided_at, self.calendar.waiting = step, False
+        return True
+
+    def counts(self) -> tuple[int, int]:
+        summary = self.callback.summary()
+        return int(summary["probes"]), int(summary["skipped_probes"])
+
+    def backward(self, x: Tensor, active: list[bool]) -> None:
+        """Add a batch's gradients up, and compare them with the plain ones, cut."""
+        plain = copy.deepcopy(self.net)
+        plain.zero_grad()
+        plain(x).square().sum().backward()
+        for name, grad in self.gradients(plain).items():
+            self.sums[name] += grad
+        self.trainer.backward(self.net(x).square().sum())
+        if self.twin is not None:
+            self.plain(x).square().sum().backward()
+        cut = {name: grad.clone() for name, grad in self.sums.items()}
         for unit, trains in zip(self.mat.part, active, strict=True):
             for piece in unit.slices:
                 if not trains:
                     cut[piece.param][piece.start : piece.stop] = 0
-        for name, grad in cut.items():
-            torch.testing.assert_close(found[name], grad)
-        self.mat.optimizers[0].step()
-        self.oracle.step(dict(expected), active)
-        self.steps += 1
+        for name, grad in self.gradients(self.net).items():
+            torch.testing.assert_close(grad, cut[name])
+
+    def step(self, active: list[bool]) -> None:
+        self.trainer.optimizers[0].step()
+        self.oracle.step(dict(self.sums), active)
         if not all(active):
             self.twin = None
         if self.twin is not None:
-            self.gradients(self.plain, x)
             self.twin.step()
+        self.zero_grad()
 
-    @rule(seed=seeds)
-    def skipped_step(self, seed: int) -> None:
-        before = self.everything()
-        self.gradients(self.net, batch(seed))
-        self.mat.optimizers[0].zero_grad()
-        assert all(map(torch.equal, before, self.everything()))
+    def zero_grad(self) -> None:
+        self.trainer.optimizers[0].zero_grad()
+        self.plain.zero_grad()
+        self.sums = self.nothing(self.net)
 
-    @rule()
-    def save(self) -> None:
-        state = self.mat.state_dict(), self.mat.optimizers[0].state_dict(), self.net.state_dict()
-        twin = None if self.twin is None else (self.plain, self.twin)
-        self.saved = stored(state), copy.deepcopy((self.oracle, twin)), self.steps
-        self.check_round_trip()
-
-    def check_round_trip(self) -> None:
-        again = stored(self.mat.state_dict())
-        assert again["decision"]["active"].tolist() == self.mat.decision.active.tolist()
-        assert again["history"]["step"] == self.mat.history.step
-        assert torch.equal(again["history"]["lambda_max"], self.mat.history.lambda_max)
-
-    @precondition(lambda self: self.saved is not None)
-    @rule()
-    def load(self) -> None:
-        (mat, optimizer, weights), (oracle, twin), steps = copy.deepcopy(self.saved)
-        self.mat.close()
-        self.net = network()
-        self.net.load_state_dict(weights)
-        self.mat = self.engine(self.net)
-        self.mat.load_state_dict(mat)
-        self.mat.optimizers[0].load_state_dict(optimizer)
-        self.oracle, self.steps, self.stopped = oracle, steps, False
-        if twin is None:
-            self.twin = None
-        else:
-            self.plain, self.twin = twin
+    def fail(self, error: BaseException) -> None:
+        self.trainer.fail(error)
+        self.stopped = True
+        self.zero_grad()
 
     @precondition(lambda self: not self.stopped)
     @rule()
     def stop(self) -> None:
-        self.mat.close()
+        self.trainer.end()
         self.stopped = True
-        assert not any("forward" in module.__dict__ for module in self.net.modules())
+        self.zero_grad()
 
     @precondition(lambda self: self.stopped)
+    @rule(seed=seeds)
+    def plain_step(self, seed: int) -> None:
+        everything = [True] * len(self.mat.part)
+        self.net(batch(seed)).square().sum().backward()
+        self.sums = self.gradients(self.net)
+        if self.twin is not None:
+            self.plain(batch(seed)).square().sum().backward()
+        self.step(everything)
+
     @rule()
-    def go_on(self) -> None:
-        self.mat.apply()
-        self.stopped = False
+    def save(self) -> None:
+        """Save between two batches, in a probe, or after an error."""
+        twin = None if self.twin is None else (self.plain, self.twin)
+        shadow = self.oracle, twin, self.calendar, self.shares, self.probed
+        self.saved = stored(self.trainer.checkpoint()), copy.deepcopy(shadow)
+        assert self.saved[0]["callback"]["mat"]["history"]["step"] == self.probed
+
+    @precondition(lambda self: self.saved is not None)
+    @rule()
+    def load(self) -> None:
+        checkpoint, shadow = copy.deepcopy(self.saved)
+        self.net = network()
+        self.start(checkpoint)
+        self.oracle, twin, self.calendar, self.shares, self.probed = shadow
+        self.twin = None
+        if twin is not None:
+            self.plain, self.twin = twin
+        self.calendar.stepped = True  # gradients are not part of a checkpoint
+        self.zero_grad()
+        assert same(self.callback.state_dict(), copy.deepcopy(self.saved)[0]["callback"])
+        step = self.trainer.global_step
+        self.filed = [s for s in self.filed if s <= step]
+
+    @precondition(lambda self: self.stopped)
+    @rule(anew=st.booleans())
+    def fit_again(self, anew: bool) -> None:
+        self.fit(None if anew else self.callback)
+
+    def steps_in_the_file(self) -> list[int]:
+        path = Path(self.folder.name) / "mat" / "spectra.npz"
+        return read(path).step.tolist() if path.exists() else []
 
     @invariant()
     def weights_are_those_of_an_optimizer_per_slab(self) -> None:
@@ -209,6 +279,21 @@ class Machine(RuleBasedStateMachine):
         if getattr(self, "twin", None) is not None:
             assert all(map(torch.equal, self.net.parameters(), self.plain.parameters()))
 
+    @invariant()
+    def a_model_that_no_fit_trains_is_an_ordinary_one(self) -> None:
+        if getattr(self, "stopped", False):
+            assert not any("forward" in module.__dict__ for module in self.net.modules())
+            assert self.net.training
+
+    @invariant()
+    def what_is_kept_and_counted_is_what_happened(self) -> None:
+        if not hasattr(self, "filed"):
+            return
+        assert self.mat.history.step == self.probed
+        assert self.steps_in_the_file() == self.filed
+        share = self.callback.summary()["trained_share"]
+        assert share == pytest.approx(sum(self.shares) / len(self.shares) if self.shares else 1)
+
 
 def case(examples: int, steps: int, *, derandomize: bool) -> Any:
     """Return a test of so many random orders of so many events."""
@@ -220,4 +305,4 @@ def case(examples: int, steps: int, *, derandomize: bool) -> Any:
 
 
 # The same orders in every run; `make soak` searches for others.
-TestMachine = case(10, 12, derandomize=True)
+TestMachine = case(12, 12, derandomize=True)

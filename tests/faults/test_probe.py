@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_mat import MATCallback, mntk, partition
+from lightning_mat import MATCallback, mntk, partition, policies
+from lightning_mat.mntk import probe, quiet
 from lightning_mat.mntk.accumulate import Accumulator
 from lightning_mat.mntk.collect import Collector
 from lightning_mat.mntk.memory import ProbeMemoryError
@@ -24,13 +25,21 @@ from tests.lightning_models import Points, Small, Watch, data, mat, model, train
 CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-STAGES = {
+HALVED = {
     "forward": (Scalars, "collapsed"),
     "backward": (Tape, "backward"),
     "product": (Collector, "_take"),
     "Gram": (Accumulator, "add"),
     "eigenvalues": (Accumulator, "finish"),
 }
+# What takes as much memory for one sample at a time as for all.
+AROUND = {
+    "samples to the device": (probe, "to_device"),
+    "copies of the buffers": (quiet, "_kept_buffers"),
+    "first look": (probe, "look"),
+    "alignment": (probe, "loss_alignment"),
+}
+STAGES = {**HALVED, **AROUND}
 
 
 def failing(
@@ -57,22 +66,22 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("error", [CPU, GPU, MemoryError()])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", HALVED)
 def test_out_of_memory_halves_the_samples_per_pass(
     stage: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, x = net(), torch.randn(8, 6)
     part = partition(module, "layers")
     expected = mntk(module, x, part)
-    probe = Probe(module, part)
-    probe.prepare(x)
+    measuring = Probe(module, part)
+    measuring.prepare(x)
     failing(monkeypatch, stage, error, lambda call: call < 2)
     sizes: list[int] = []
     measure = Probe._measure
     monkeypatch.setattr(
         Probe, "_measure", lambda p, b, s, micro: sizes.append(micro) or measure(p, b, s, micro)
     )
-    found = probe.measure(x)
+    found = measuring.measure(x)
     assert sizes == [8, 4, 2]
     torch.testing.assert_close(found.lambda_max, expected.lambda_max, rtol=1e-4, atol=0)
     assert all(p.requires_grad for p in module.parameters())
@@ -93,9 +102,13 @@ def test_out_of_memory_to_the_last_sample_skips_the_probe(
         def _begin_episode(self, trainer: Any, pl_module: Any, batch: Any) -> None:
             nonlocal started
             started = trainer.current_epoch == 2
+            if stage == "first look" and self.mat is not None:
+                self.mat.probe._look = None  # as if a layer had been added
             super()._begin_episode(trainer, pl_module, batch)
 
-    callback = Shrinking(units="layers", alpha="auto", n_samples=8)
+    policy = policies.MAT("auto", criterion="trainability") if stage == "alignment" else None
+    options = {"alpha": "auto"} if policy is None else {"policy": policy, "output": "loss"}
+    callback = Shrinking(units="layers", n_samples=8, **options)
     watch = Watch(callback)
     with pytest.warns(UserWarning, match="probe at step 12.*does not fit") as caught:
         trainer(tmp_path, callback, watch).fit(model(), data())

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import socket
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mat import policies
+from lightning_mat.report.keeper import Keeper
 from lightning_mat.report.page import report
 from lightning_mat.report.store import SpectraStore, read
 from tests.lightning_models import Small, data, mat, model, trainer
@@ -128,6 +133,78 @@ def test_a_run_with_a_malicious_file_in_its_folder_goes_on_without_it(tmp_path: 
         trainer(tmp_path, callback).fit(Small(), data(), ckpt_path=tmp_path / "last.ckpt")
     assert callback.summary()["probes"] == 3
     assert not mark.exists()
+
+
+def cut_short(path: Path) -> None:
+    """Leave an archive out of one array, as another program might."""
+    with np.load(path, allow_pickle=False) as archive:
+        stored = {name: archive[name] for name in archive.files if name != "step"}
+    np.savez(path, **stored)
+
+
+def bits_flipped(path: Path) -> None:
+    """Change the contents of an array, so that its checksum no longer fits."""
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("trace.npy").header_offset + 200
+    content = bytearray(path.read_bytes())
+    content[place] ^= 255
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "an array is missing": cut_short,
+    "a checksum does not fit": bits_flipped,
+    "an array is compressed in an unknown way": lambda path: path.write_bytes(
+        # The method's number follows the signature, two versions and the flags.
+        re.sub(rb"(PK\x01\x02.{6})\0\0", rb"\1c\0", path.read_bytes(), flags=re.DOTALL)
+    ),
+    "a step is text": lambda path: changed(path, step=np.array(["one"] * 3)),
+    "a probe is missing": lambda path: changed(path, seconds=np.array([1.0])),
+    "a reason is none": lambda path: changed(path, reason=np.full((3, 3), 99, dtype=np.uint16)),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run, not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    save = ModelCheckpoint(folder, save_last=True)
+    fit = trainer(folder, mat(), save, max_epochs=4, enable_checkpointing=True)
+    fit.fit(model(), data())
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(damage: str, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "mat", tmp_path / "mat")
+    path = tmp_path / "mat" / "spectra.npz"
+    DAMAGES[damage](path)
+    with pytest.raises(ValueError, match="is not a spectra file of format 1: it is damaged"):
+        read(path)
+    with pytest.warns(UserWarning, match="training goes on without"):
+        Keeper(tmp_path).begin(12)
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES)[:2])
+def test_a_run_with_a_damaged_file_goes_on_without_it(
+    damage: str, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "mat", tmp_path / "mat")
+    DAMAGES[damage](tmp_path / "mat" / "spectra.npz")
+    callback = mat()
+    fit = trainer(tmp_path, callback, max_epochs=6)
+    with pytest.warns(UserWarning, match="training goes on without"):
+        fit.fit(Small(), data(), ckpt_path=whole / "last.ckpt")
+    assert callback.summary()["probes"] == 5
+
+
+@pytest.mark.parametrize("values", [None, np.zeros(3), np.zeros((2, 8)), np.zeros((3, 8), int)])
+def test_damaged_eigenvalues_are_named(values: Any, tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    file = path.with_suffix(".eigenvalues") / "000001.npy"
+    file.write_bytes(b"") if values is None else np.save(file, values)
+    with pytest.raises(ValueError, match=f"{file.name} (is empty|does not hold)"):
+        read(path)
 
 
 def test_names_in_a_file_are_shown_and_never_opened(tmp_path: Path) -> None:
