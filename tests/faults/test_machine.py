@@ -255,7 +255,7 @@ class Machine(RuleBasedStateMachine):
         self.zero_grad()
         assert same(self.callback.state_dict(), copy.deepcopy(self.saved)[0]["callback"])
         step = self.trainer.global_step
-        self.filed = [s for s in self.filed if s <= step]
+        self.filed = [s for s in self.filed if s <= step] if step else self.steps_in_the_file()
 
     @precondition(lambda self: self.stopped)
     @rule(anew=st.booleans())
