@@ -19,6 +19,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mat.gate.fallback import forget
+from lightning_mat.parallel.order import note_order, repeat_order
 
 if TYPE_CHECKING:
     from lightning_mat.engine import MAT
@@ -82,10 +83,17 @@ class Ready:
     Args:
         ddp: What wraps the model.
         mat: The engine that decides.
+        order: In which order the first pass came to the parameters, by their names; filled in that
+            pass if it is empty. Save it: with that of the run that is resumed, before its first
+            forward pass, DDP makes the same buckets, so that more than two ranks add their
+            gradients in the same order. Collective then.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, mat: MAT) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, mat: MAT, order: list[str] | None = None
+    ) -> None:
         self.ddp, self.mat = ddp, mat
+        self.order = [] if order is None else order
         self._params = {
             name: param
             for name, param in mat.model.named_parameters()
@@ -99,6 +107,9 @@ class Ready:
         self._came: dict[str, bool] = {}
         self._kept: dict[str, bool] = {}
         self._hooks: list[Callable[[], None]] = []
+        self._ordered: Callable[[], None] | None = None
+        if self.order and not repeat_order(ddp, self._params, self.order):
+            self.order.clear()
 
     def before_backward(self, loss: Tensor) -> None:
         """Mark the loss; to be called right before its backward pass."""
@@ -107,6 +118,9 @@ class Ready:
         # DDP walks the graph itself, or does not wait for anything in this pass.
         if self.ddp.find_unused_parameters or not self.ddp.require_backward_grad_sync:
             return
+        if not self.order:
+            self._end_order()  # of a pass that failed
+            self._ordered = note_order(self._params, self.order)
         watched = self._idle if self._known else self._params
         if watched:
             self._watch(watched)
@@ -122,6 +136,7 @@ class Ready:
             RuntimeError: If, in the first pass after a decision, a parameter got a gradient on
                 some of the ranks only.
         """
+        self._end_order()
         if self._hooks:
             self._agree()
         for param in self._resting:
@@ -129,12 +144,21 @@ class Ready:
 
     def close(self) -> None:
         """Leave nothing on the parameters."""
+        self._end_order()
+        self._unwatch()
+
+    def _end_order(self) -> None:
+        if self._ordered is not None:
+            self._ordered()
+            self._ordered = None
+
+    def _unwatch(self) -> None:
         for remove in self._hooks:
             remove()
         self._hooks.clear()
 
     def _follow(self, active: Tensor) -> None:
-        self.close()
+        self._unwatch()
         part = self.mat.part
         self._active, self._idle = active.clone(), {}
         self._resting = [
@@ -146,7 +170,7 @@ class Ready:
 
     def _watch(self, params: dict[str, nn.Parameter]) -> None:
         """Note which of some parameters get a gradient in the pass that follows."""
-        self.close()
+        self._unwatch()
         self._came = dict.fromkeys(params, False)
         # One may be there already, of a pass under ``no_sync`` or of another loss of this step.
         self._kept = {name: param.grad is not None for name, param in params.items()}
@@ -165,7 +189,7 @@ class Ready:
 
     def _agree(self) -> None:
         """Drop the gradients of watched parameters that got none on any rank."""
-        self.close()
+        self._unwatch()
         kept = [self._kept[name] or came for name, came in self._came.items()]
         flags = torch.tensor([list(self._came.values()), kept], dtype=torch.int32)
         device = next(iter(self._params.values())).device
