@@ -198,6 +198,7 @@ class MATCallback(Callback):
         self._undecided: dict[str, Any] | None = None
         self._keeper = Keeper(None)
         self._ready: Ready | None = None
+        self._order: list[str] = []
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
         own = getattr(self.policy, "every_n_steps", None)
@@ -236,7 +237,7 @@ class MATCallback(Callback):
         if stage != "fit":
             return
         self._ledger, self._restored = Ledger(remember=self._steps_alone), None
-        self._undecided = None
+        self._undecided, self._order = None, []
         self.schedule.begin()
         if self.mat is not None:
             for optimizer in self.mat.optimizers:
@@ -256,7 +257,7 @@ class MATCallback(Callback):
             **self._engine_options,
         )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            self._ready = Ready(trainer.strategy.model, self.mat)
+            self._ready = Ready(trainer.strategy.model, self.mat, self._order)
         if isinstance(trainer.strategy, MATDDPStrategy):
             trainer.strategy.follow(self.mat)
         if (check_units := getattr(self.policy, "check_units", None)) is not None:
@@ -376,10 +377,11 @@ class MATCallback(Callback):
             return self._undecided
         if self.mat is None or self._restored is not None:
             return self._loaded
-        state = {
+        state: dict[str, Any] = {
             "mat": self.mat.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
+            "order": list(self._order),
         }
         for part, before in (self._undecided or {}).items():
             state[part] |= before
@@ -394,6 +396,7 @@ class MATCallback(Callback):
         # Earlier checkpoints have the schedule's entries at the top.
         self.schedule.load_state_dict(state_dict.get("schedule", state_dict))
         self._ledger.load_state_dict(state_dict["ledger"])
+        self._order = list(state_dict.get("order", ()))
 
     def summary(self) -> dict[str, float | int]:
         """Return what the run has cost so far.

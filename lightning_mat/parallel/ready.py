@@ -19,6 +19,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mat.gate.fallback import forget
+from lightning_mat.parallel.order import note_order, repeat_order
 
 if TYPE_CHECKING:
     from lightning_mat.engine import MAT
@@ -74,26 +75,41 @@ class Ready:
 
     With ``skip="units"`` also a parameter that trains may get no gradient: the norm in front of an
     attention layer all of whose heads rest. In the first backward pass after a decision every
-    parameter is visited, and the ranks agree on which got none; those have ``.grad`` None, as
-    without DDP, until the next decision.
+    parameter is visited, and the ranks agree on which got none. Those are visited in every pass
+    until the next decision, and the ranks tell each other whether a gradient came after all, as to
+    an expert that was idle in the first batch: it is kept then. Where none came, ``.grad`` is None,
+    as without DDP.
 
     Args:
         ddp: What wraps the model.
         mat: The engine that decides.
+        order: In which order the first pass came to the parameters, by their names; filled in that
+            pass if it is empty. Save it: with that of the run that is resumed, before its first
+            forward pass, DDP makes the same buckets, so that more than two ranks add their
+            gradients in the same order. Collective then.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, mat: MAT) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, mat: MAT, order: list[str] | None = None
+    ) -> None:
         self.ddp, self.mat = ddp, mat
+        self.order = [] if order is None else order
         self._params = {
             name: param
             for name, param in mat.model.named_parameters()
             if param.requires_grad and name not in ddp.parameters_to_ignore
         }
         self._active: Tensor | None = None
-        self._without: list[nn.Parameter] = []
+        self._resting: list[nn.Parameter] = []
+        # Of the parameters that train, those without a gradient in the first pass.
+        self._idle: dict[str, nn.Parameter] = {}
         self._known = True
-        self._seen: dict[str, bool] = {}
+        self._came: dict[str, bool] = {}
+        self._kept: dict[str, bool] = {}
         self._hooks: list[Callable[[], None]] = []
+        self._ordered: Callable[[], None] | None = None
+        if self.order and not repeat_order(ddp, self._params, self.order):
+            self.order.clear()
 
     def before_backward(self, loss: Tensor) -> None:
         """Mark the loss; to be called right before its backward pass."""
@@ -102,48 +118,66 @@ class Ready:
         # DDP walks the graph itself, or does not wait for anything in this pass.
         if self.ddp.find_unused_parameters or not self.ddp.require_backward_grad_sync:
             return
-        if not self._known:
-            self._watch()
-            hand_nothing(loss, list(self._params.values()))
-        elif self._without:
-            hand_nothing(loss, self._without)
+        if not self.order:
+            self._end_order()  # of a pass that failed
+            self._ordered = note_order(self._params, self.order)
+        watched = self._idle if self._known else self._params
+        if watched:
+            self._watch(watched)
+        # Before the ranks know more, all are watched, what rests among them.
+        nothing = [*watched.values(), *(self._resting if self._known else ())]
+        if nothing:
+            hand_nothing(loss, nothing)
 
     def after_backward(self) -> None:
         """Drop DDP's zeros where there was no gradient; to be called after the backward pass.
 
         Raises:
-            RuntimeError: If a parameter got a gradient on some of the ranks only.
+            RuntimeError: If, in the first pass after a decision, a parameter got a gradient on
+                some of the ranks only.
         """
+        self._end_order()
         if self._hooks:
             self._agree()
-        for param in self._without:
+        for param in self._resting:
             param.grad = None
 
     def close(self) -> None:
         """Leave nothing on the parameters."""
+        self._end_order()
+        self._unwatch()
+
+    def _end_order(self) -> None:
+        if self._ordered is not None:
+            self._ordered()
+            self._ordered = None
+
+    def _unwatch(self) -> None:
         for remove in self._hooks:
             remove()
         self._hooks.clear()
 
     def _follow(self, active: Tensor) -> None:
-        self.close()
+        self._unwatch()
         part = self.mat.part
-        self._active = active.clone()
-        self._without = [
+        self._active, self._idle = active.clone(), {}
+        self._resting = [
             param
             for name, param in self._params.items()
             if name in part.owners and part.rests_whole(name, active)
         ]
         self._known = self.mat.gate.skip == "weights" or bool(active.all())
 
-    def _watch(self) -> None:
-        """Note which parameters get a gradient in the pass that follows."""
-        self.close()
-        self._seen = dict.fromkeys(self._params, False)
-        for name, param in self._params.items():
+    def _watch(self, params: dict[str, nn.Parameter]) -> None:
+        """Note which of some parameters get a gradient in the pass that follows."""
+        self._unwatch()
+        self._came = dict.fromkeys(params, False)
+        # One may be there already, of a pass under ``no_sync`` or of another loss of this step.
+        self._kept = {name: param.grad is not None for name, param in params.items()}
+        for name, param in params.items():
 
             def note(grad: Tensor | None, name: str = name) -> None:
-                self._seen[name] = self._seen[name] or grad is not None
+                self._came[name] = self._came[name] or grad is not None
 
             handle = param.register_hook(note)
 
@@ -154,14 +188,24 @@ class Ready:
             self._hooks.append(remove)
 
     def _agree(self) -> None:
-        """Find the parameters that got no gradient on any rank."""
-        self.close()
-        seen = torch.tensor(list(self._seen.values()), dtype=torch.int32)
+        """Drop the gradients of watched parameters that got none on any rank."""
+        self._unwatch()
+        kept = [self._kept[name] or came for name, came in self._came.items()]
+        flags = torch.tensor([list(self._came.values()), kept], dtype=torch.int32)
         device = next(iter(self._params.values())).device
-        count = seen.to(device)
-        dist.all_reduce(count, group=self.ddp.process_group)
+        counts = flags.to(device)
+        dist.all_reduce(counts, group=self.ddp.process_group)
+        came, kept_by = counts.tolist()
+        if not self._known:
+            self._find_idle(dict(zip(self._came, came, strict=True)))
+        for name, ranks in zip(self._came, kept_by, strict=True):
+            if not ranks:
+                self._params[name].grad = None
+
+    def _find_idle(self, came: dict[str, int]) -> None:
+        """Take the parameters that train and got no gradient for those to be watched."""
         size = dist.get_world_size(self.ddp.process_group)
-        for (name, param), ranks in zip(self._params.items(), count.tolist(), strict=True):
+        for name, ranks in came.items():
             if 0 < ranks < size:
                 raise RuntimeError(
                     f"parameter {name!r} got a gradient in {ranks} of {size} processes only: the "
@@ -169,6 +213,10 @@ class Ready:
                     'with strategy="ddp_find_unused_parameters_true" or '
                     "MATDDPStrategy(find_unused_parameters=True)"
                 )
-            if not ranks and all(param is not other for other in self._without):
-                self._without.append(param)
+        resting = set(map(id, self._resting))
+        self._idle = {
+            name: self._params[name]
+            for name, ranks in came.items()
+            if not ranks and id(self._params[name]) not in resting
+        }
         self._known = True

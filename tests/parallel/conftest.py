@@ -21,7 +21,18 @@ def processes() -> Iterator[Processes]:
 @pytest.fixture
 def on_both(processes: Processes) -> Callable[..., list[Any]]:
     """Return what calls a function on both ranks; an exception on one is an error of the test."""
+    return calling(processes)
 
+
+@pytest.fixture(scope="module")
+def on_four() -> Iterator[Callable[..., list[Any]]]:
+    """Return what does so on four ranks."""
+    four = Processes(4)
+    yield calling(four)
+    four.close()
+
+
+def calling(processes: Processes) -> Callable[..., list[Any]]:
     def call(function: Callable[..., Any], *args: Any) -> list[Any]:
         results = processes.run(function, *args)
         for rank, result in enumerate(results):

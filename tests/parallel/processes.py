@@ -1,6 +1,6 @@
-"""Two processes that stay for a whole test session, because starting them takes most of the time.
+"""Processes that stay for a whole test session, because starting them takes most of the time.
 
-A test calls a function of a module in ``tests.parallel`` on both and gets both results.
+A test calls a function of a module in ``tests.parallel`` on all of them and gets all results.
 """
 
 from __future__ import annotations

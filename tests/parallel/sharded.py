@@ -202,11 +202,13 @@ def fit(
     ckpt_path: Path | None = None,
     distributed: bool = True,
     mat: dict[str, Any] | None = None,
+    plain: bool = False,
     **options: Any,
 ) -> tuple[Module, MATCallback, pl.Trainer]:
-    """Train through Lightning, 6 steps an epoch, 4 steps an episode."""
+    """Train through Lightning, 6 steps an epoch, 4 steps an episode; plain is without MAT."""
     given = {"warmup_epochs": 0, "every_n_steps": 4, "n_samples": 8, **(mat or {})}
-    given |= {"policy": Listed(needs_spectra=True)} if "alpha" not in given else {}
+    if not given.keys() & {"alpha", "policy"}:
+        given["policy"] = Listed(needs_spectra=True)
     callback = MATCallback(units, **given)
     size = dist.get_world_size() if shards else 1
     plan: Any = "auto"
@@ -230,7 +232,8 @@ def fit(
         "num_sanity_val_steps": 1,
     }
     more = options.pop("callbacks", [])
-    trainer = pl.Trainer(callbacks=[callback, *more], **(settings | options))
+    own = [] if plain else [callback]
+    trainer = pl.Trainer(callbacks=[*own, *more], **(settings | options))
     module, data = Module(shards), Rows(*samples(96))
     loaders = batches(data, size), batches(data, size)
     trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)

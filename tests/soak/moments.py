@@ -10,12 +10,14 @@ import io
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from lightning_mat import MAT
+from lightning_mat import MAT, folders
 from lightning_mat.mntk.accumulate import Accumulator
 from lightning_mat.mntk.probe import Probe
 from lightning_mat.optim import MATOptimizer
@@ -52,6 +54,15 @@ MOMENTS: dict[str, Moment] = {
     "spectra cut back, not yet the eigenvalues": Moment(SpectraStore, "_remove_eigenvalues"),
 }
 
+# Of a checkpoint that is a folder, in the order in which they come.
+FOLDERS: dict[str, Moment] = {
+    "half a shard": Moment(torch, "save", "half"),
+    "shards without their index": Moment(FileSystem, "rename", path=".metadata"),
+    "half of what is beside the shards": Moment(torch, "save", "half", "meta.pt"),
+    "a whole folder beside the old one": Moment(folders, "exchange"),
+    "a new folder, the old one beside it": Moment(folders, "exchange", "after"),
+}
+
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -77,10 +88,11 @@ def die_at(moment: Moment, number: int) -> None:
 
 
 def _write_half(function: Callable[..., Any], args: tuple[Any, ...], options: Any) -> None:
-    """Write the first half of what a function would write to the stream among its arguments."""
-    streams = [a for a in args if hasattr(a, "write")]
-    assert len(streams) == 1
+    """Write the first half of what a function would write to the stream or file it is given."""
+    given = [a for a in args if hasattr(a, "write") or isinstance(a, Path)]
+    assert len(given) == 1
     buffer = io.BytesIO()
-    function(*(buffer if a is streams[0] else a for a in args), **options)
-    streams[0].write(buffer.getvalue()[: buffer.tell() // 2])
-    streams[0].flush()
+    function(*(buffer if a is given[0] else a for a in args), **options)
+    stream = given[0].open("wb") if isinstance(given[0], Path) else given[0]
+    stream.write(buffer.getvalue()[: buffer.tell() // 2])
+    stream.flush()
