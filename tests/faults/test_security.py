@@ -182,7 +182,7 @@ def test_a_damaged_file_is_named(damage: str, whole: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="is not a spectra file of format 1: it is damaged"):
         read(path)
     with pytest.warns(UserWarning, match="training goes on without"):
-        Keeper(tmp_path).begin(12)
+        Keeper(tmp_path).begin(12, 2)
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES)[:2])
