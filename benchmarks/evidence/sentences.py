@@ -97,6 +97,8 @@ def same_cost(found: Sequence[Facts]) -> str:
 
 def _told(facts: Facts, method: str, base: str) -> str:
     says = facts.says(method, base)
+    if says not in ("better", "worse", NO_DIFFERENCE):
+        return "has too few seeds to say"
     return f"was no different from `{base}`" if says == NO_DIFFERENCE else f"was {says}"
 
 
