@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mat import flops
 
@@ -138,3 +139,21 @@ def test_the_papers_rule():
     assert flops.paper_flops(10.0, 0.0) == 10.0
     with pytest.raises(ValueError, match=r"trained_share must be in \[0, 1\], got 1.5"):
         flops.paper_flops(10.0, 1.5)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_counts_are_those_of_pytorchs_own_counter(mode):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = nn.Sequential(nn.Conv1d(3, 8, 3), nn.Flatten(2), nn.Linear(6, 8), layer)
+
+    def run():
+        out = net(torch.ones(2, 3, 8)).matmul(torch.ones(8, 4)).square().sum()
+        if out.requires_grad:
+            out.backward()
+
+    with mode():
+        with FlopCounterMode(display=False) as expected:
+            run()
+        with flops.count() as found:
+            run()
+    assert found.total == expected.get_total_flops() > 0

@@ -26,9 +26,12 @@ from lightning_mat.mntk.factors import (
 )
 from lightning_mat.mntk.fallback import fallback_factors
 from lightning_mat.mntk.layout import Layout, Ragged
-from lightning_mat.mntk.plan import MIN_WORKSPACE
 from lightning_mat.mntk.tape import Call
 from lightning_mat.mntk.words import Words
+
+# Per-sample gradients that the check forms at a time: little beside the plain gradients that it
+# compares them with, and few operations.
+CHECKED_BYTES = 4 << 20
 
 
 class Collector:
@@ -140,7 +143,7 @@ class GradientSum(Collector):
     def _flush(self, name: str) -> None:
         factor = stack_samples(list(self._batches.pop(name).values()))
         expected = self.expected.pop(name).view(factor.rows, factor.columns)
-        rows = max(1, MIN_WORKSPACE // (4 * factor.samples * max(factor.columns, 1)))
+        rows = max(1, CHECKED_BYTES // (4 * factor.samples * max(factor.columns, 1)))
         squared = 0.0
         for start in range(0, factor.rows, rows):
             stop = min(start + rows, factor.rows)
