@@ -1,8 +1,9 @@
-"""Which part of a step's time goes into the operations that are counted in FLOPs."""
+"""Where a step's time goes: into the operations that are counted in FLOPs, and into the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -11,17 +12,30 @@ from torch.utils.flop_counter import flop_registry
 STEP = "one step"
 
 
-def counted_share(step: Callable[[], object], device: torch.device | str, steps: int = 3) -> float:
-    """Return the share of a step's time in products, convolutions and attention.
+class Seconds(NamedTuple):
+    """A step's time.
 
-    What is left (normalisation, dropout, activations, the optimizer) has no FLOPs in F, and a step
-    that skips a share of F cannot save more than that share of this part, unless it skips some of
-    the rest as well.
+    Attributes:
+        counted: In products, convolutions and attention, whose FLOPs F counts.
+        rest: In all else: normalisation, dropout, activations, copies, Python, the optimizer.
+    """
+
+    counted: float
+    rest: float
+
+
+def split_seconds(
+    step: Callable[[], object], device: torch.device | str, steps: int = 3
+) -> Seconds:
+    """Return how a step's time is split.
+
+    A step that skips a share of F cannot save more than that share of what is counted, unless it
+    skips some of the rest as well.
 
     Args:
         step: One training step.
         device: Where it runs; on a GPU its kernels' time is taken.
-        steps: Steps to look at.
+        steps: Steps to look at, after one more.
     """
     names = {f"aten::{str(packet).rpartition('.')[2]}" for packet in flop_registry}
     cuda = torch.device(device).type == "cuda"
@@ -40,7 +54,7 @@ def counted_share(step: Callable[[], object], device: torch.device | str, steps:
             whole += event.cpu_time_total
         elif event.name in names and not _inside(event, names):
             counted += time
-    return counted / whole
+    return Seconds(counted / steps / 1e6, (whole - counted) / steps / 1e6)
 
 
 def _inside(event: torch.autograd.profiler_util.FunctionEvent, names: set[str]) -> bool:

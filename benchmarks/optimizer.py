@@ -12,9 +12,10 @@ layer and kind, after a few such decisions (``--decisions``), so that step count
 that BERT-base at 25% of its units steps 42% of its parameters, below which no step comes whose time
 is that of its memory traffic: a fused one's, whose plain step moves seven words for an element
 (value and moments there and back, the gradient there). For what is stepped in a pool, values and
-gradients are copied there and values back besides, in memory that stays in the cache. On a CPU the
-plain step's time depends on whether malloc keeps freed memory at hand, which what ran before
-decides: each model is warmed up alike. Writes ``benchmarks/results/optimizer-<device>.json``.
+gradients are copied there and values back besides, in memory that stays in the cache. On a CPU a
+plain step takes longer where malloc hands memory back to the system, so that this process keeps
+it, see :func:`benchmarks.common.keep_freed_memory`. Writes
+``benchmarks/results/optimizer-<device>.json``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from torch.optim import AdamW, Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import interleaved, ratio, summary, write_result
+from benchmarks.common import interleaved, keep_freed_memory, ratio, summary, write_result
 from examples.models.bert import Bert, preset
 from lightning_mat.optim import MATOptimizer
 from lightning_mat.policies import History, Random, UnitTable
@@ -155,13 +157,18 @@ def main() -> None:
                 gc.collect()
     if args.quick:
         return
+    settings = vars(args) | {
+        "threads": torch.get_num_threads(),
+        "keeps_freed_memory": os.environ.get("MALLOC_MMAP_MAX_") == "0",
+    }
     device = args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     write_result(
         f"optimizer-{device.replace(' ', '-')}",
-        {"settings": vars(args) | {"threads": torch.get_num_threads()}, "models": rows},
+        {"settings": settings, "models": rows},
         device=args.device,
     )
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -10,9 +10,11 @@ kind trains. With F counted and t measured,
 
     efficiency = (1 - t / t_full) / (1 - F / F_full)
 
-is the part of the promised saving that is kept. Beside them the same step under what a user would
-pick instead, see :mod:`benchmarks.rivals`. Memory is the peak of a step, and the bytes of
-activations that its forward pass saves for the backward pass.
+is the part of the promised saving that is kept. The time of products, convolutions and attention,
+whose FLOPs F counts, and that of the rest are shown apart, each relative to the plain step's. The
+process keeps the memory that it frees, see :func:`benchmarks.common.keep_freed_memory`. Beside them
+the same step under what a user would pick instead, see :mod:`benchmarks.rivals`. Memory is the peak
+of a step, and the bytes of activations that its forward pass saves for the backward pass.
 
 Writes ``step-<model>-<device>.json`` after every group of measurements, and prints a table.
 """
@@ -33,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, keep_freed_memory, write_result
 from benchmarks.devices import device_argument, device_name
 from benchmarks.models import ALL, WORKLOADS
 from benchmarks.step_table import table
@@ -89,6 +91,7 @@ def measure_model(name: str, args: argparse.Namespace, limit: Limit) -> bool:
             "rounds": args.rounds,
             "device": args.device,
             "quick": args.quick,
+            "keeps_freed_memory": os.environ.get("MALLOC_MMAP_MAX_") == "0",
         },
         "full": study.full,
         "steps": study.rows,
@@ -193,4 +196,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

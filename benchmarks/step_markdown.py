@@ -53,12 +53,14 @@ def step_of(result: dict[str, Any]) -> str:
                 f'`skip="{row["skip"]}"`{", compiled" if row["compiled"] else ""}',
                 f"{row['trained_share']:.0%}",
                 *_step_cells(row),
+                number(row.get("counted_time_ratio")),
+                number(row.get("rest_time_ratio")),
                 number(row.get("optimizer_time_ratio"), 2),
             ]
         )
     head = [
         *("way", "trained", "ms", "full ms", "F / F_full", "t / t_full", "efficiency"),
-        *("activations", "peak", "optimizer t / t_full"),
+        *("activations", "peak", "counted t", "rest t", "optimizer t / t_full"),
     ]
     return markdown(head, rows)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.activations import saved_bytes
 from benchmarks.common import interleaved, peak_memory, ratio, summary
-from benchmarks.counted import counted_share
+from benchmarks.counted import split_seconds
 from benchmarks.models import Workload
 from benchmarks.rivals import RIVALS
 from lightning_mat import flops
@@ -114,7 +114,8 @@ class Study:
         # What does not change between groups: counted FLOPs and saved bytes.
         self._counted: dict[object, dict[str, Any]] = {}
         self.full = self.count("plain", self.plain)
-        self.full["counted_share"] = counted_share(self.plain.step, self.device)
+        counted, rest = split_seconds(self.plain.step, self.device)
+        self.full["counted_share"] = counted / (counted + rest)
 
     def loss(self, model: nn.Module) -> Tensor:
         """Return the loss of the batch."""
@@ -176,8 +177,12 @@ class Study:
         else:
             steps = {name: way.optimizer.step for name, way in ways.items()}
             seconds = interleaved(steps, rounds=self.setting.rounds, warmup=1, device=self.device)
+            spent = {name: split_seconds(way.step, self.device) for name, way in ways.items()}
             for name, row in rows.items():
                 row["optimizer_time_ratio"] = ratio(seconds, name, "plain")
+                row["counted_time_ratio"] = spent[name].counted / spent["plain"].counted
+                row["rest_time_ratio"] = spent[name].rest / spent["plain"].rest
+        self._peaks(ways, rows)
         self.rows += rows.values()
 
     def measure_rivals(self, share: float) -> None:
@@ -200,15 +205,14 @@ class Study:
                 **self.count((name, share), way, rival.draws),
             }
         self._time(ways, rows)
+        self._peaks(ways, rows)
         self.rivals += rows.values()
 
     def _time(self, ways: Mapping[str, Way], rows: Mapping[str, dict[str, Any]]) -> None:
-        peak = {}
-        for name, way in ways.items():
-            way.optimizer.zero_grad(set_to_none=True)
-            peak[name] = peak_memory(way.step, self.device)
         steps = {name: way.step for name, way in ways.items()}
-        seconds = interleaved(steps, rounds=self.setting.rounds, warmup=1, device=self.device)
+        # Until every way has its memory at hand.
+        warmup = 1 if self.setting.quick else 3
+        seconds = interleaved(steps, rounds=self.setting.rounds, warmup=warmup, device=self.device)
         found = summary(seconds)
         for name, row in rows.items():
             row["flops_ratio"] = row["flops"] / self.full["flops"]
@@ -216,9 +220,17 @@ class Study:
             promised = 1 - row["flops_ratio"]
             row["efficiency"] = (1 - row["time_ratio"]) / promised if promised > 0.01 else None
             row["saved_ratio"] = row["saved_bytes"] / self.full["saved_bytes"]
+            row["seconds"], row["plain_seconds"] = found[name], found["plain"]
+
+    def _peaks(self, ways: Mapping[str, Way], rows: Mapping[str, dict[str, Any]]) -> None:
+        """Measure peak memory: last, because it gives freed memory back to the system."""
+        peak = {}
+        for name, way in ways.items():
+            way.optimizer.zero_grad(set_to_none=True)
+            peak[name] = peak_memory(way.step, self.device)
+        for name, row in rows.items():
             row["peak_bytes"], row["plain_peak_bytes"] = peak[name], peak["plain"]
             row["peak_ratio"] = peak[name] / peak["plain"] if peak["plain"] else None
-            row["seconds"], row["plain_seconds"] = found[name], found["plain"]
 
 
 def _seconds(function: Callable[[], object], device: str) -> float:

@@ -1,6 +1,16 @@
 """A backward pass that skips what rests: :class:`Gate`, and the rules it is made of."""
 
-from lightning_mat.gate import attention, conv, embedding, experts, linear, norm, transposed
+from lightning_mat.gate import (
+    attention,
+    conv,
+    elementwise,
+    embedding,
+    experts,
+    linear,
+    norm,
+    reshaping,
+    transposed,
+)
 from lightning_mat.gate.gate import Gate
 from lightning_mat.gate.rules import register_gate_rule
 
@@ -8,10 +18,12 @@ __all__ = [
     "Gate",
     "attention",
     "conv",
+    "elementwise",
     "embedding",
     "experts",
     "linear",
     "norm",
     "register_gate_rule",
+    "reshaping",
     "transposed",
 ]

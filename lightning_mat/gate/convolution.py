@@ -15,7 +15,7 @@ from lightning_mat.gate.channels import Convolution, ConvPlan
 from lightning_mat.gate.compiled import Needs
 from lightning_mat.gate.partly import Partly
 from lightning_mat.gate.plan import constant_if_whole
-from lightning_mat.gate.selection import place
+from lightning_mat.gate.selection import Taken, place
 
 
 class PartialConv(torch.autograd.Function):
@@ -75,18 +75,18 @@ class PartialConv(torch.autograd.Function):
         kept, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         # One copy of what passes serves all three.
-        grad = plan.out.take(grad, 1)
+        taken = Taken(plan.out.take(grad, 1))
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(
-                grad, weight, plan, ctx.x_shape, ctx.output_padding, ctx.layout
+                taken, weight, plan, ctx.x_shape, ctx.output_padding, ctx.layout
             )
             grad_x = grad_x.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(
-                grad, kept, plan, ctx.weight_shape, ctx.weight_dtype, ctx.output_padding
+                taken, kept, plan, ctx.weight_shape, ctx.weight_dtype, ctx.output_padding
             )
         if ctx.needs_input_grad[2]:
-            grad_bias = plan.give_bias(grad, ctx.bias_dtype)
+            grad_bias = plan.give_bias(taken, ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -117,18 +117,18 @@ def all_gradients(
     if not batched:
         grad, padded = grad.unsqueeze(0), padded.unsqueeze(0)
     extra = _output_padding(plan, padded.shape, weight.shape, grad.shape)
-    grad = plan.out.take(grad, 1)
+    taken = Taken(plan.out.take(grad, 1))
     grad_x = grad_weight = grad_bias = None
     if needs[0] and len(plan.into):
         layout = _layout(padded, weight)
-        grad_x = _input_gradient(grad, low_weight, plan, padded.shape, extra, layout)
+        grad_x = _input_gradient(taken, low_weight, plan, padded.shape, extra, layout)
         grad_x = _unpad(grad_x, plan, x.shape[-len(plan.stride) :])
         grad_x = (grad_x if batched else grad_x.squeeze(0)).to(x.dtype)
     if needs[1] and plan.terms:
         kept = plan.kept.take(padded, 1)
-        grad_weight = _weight_gradient(grad, kept, plan, weight.shape, weight.dtype, extra)
+        grad_weight = _weight_gradient(taken, kept, plan, weight.shape, weight.dtype, extra)
     if needs[2] and bias is not None and len(plan.bias):
-        grad_bias = plan.give_bias(grad, bias.dtype)
+        grad_bias = plan.give_bias(taken, bias.dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -197,7 +197,7 @@ def _backward(
 
 
 def _input_gradient(
-    grad: Tensor,
+    grad: Taken,
     weight: Tensor,
     plan: ConvPlan,
     shape: torch.Size,
@@ -216,11 +216,11 @@ def _input_gradient(
         return _backward(grad, x, weight, plan, output_padding, groups, 0)
 
     if plan.passages is None:
-        return product(grad, weight, shape[1], plan.groups)
+        return product(grad.tensor, weight, shape[1], plan.groups)
     result: Tensor | None = None
     for passage in plan.passages:
         block = passage.columns.take(passage.rows.take(weight, 0), 1)
-        part = passage.grad.take(grad, 1)
+        part = grad.take(passage.grad)
         out = product(part, block, len(passage.inputs), passage.groups)
         if passage.inputs.whole and len(plan.passages) == 1:
             return out
@@ -236,7 +236,7 @@ def _input_gradient(
 
 
 def _weight_gradient(
-    grad: Tensor,
+    grad: Taken,
     kept: Tensor,
     plan: ConvPlan,
     shape: torch.Size,
@@ -249,10 +249,10 @@ def _weight_gradient(
         return _backward(grad, x, weight, plan, output_padding, groups, 1)
 
     if plan.weight_rest is None:
-        return product(grad, kept, shape[0], shape[1], plan.groups).to(dtype)
+        return product(grad.tensor, kept, shape[0], shape[1], plan.groups).to(dtype)
     result = plan.weight_rest.zeros(dtype)
     for term in plan.terms:
-        part = term.grad.take(grad, 1), term.inputs.take(kept, 1)
+        part = grad.take(term.grad), term.inputs.take(kept, 1)
         block = product(*part, len(term.rows), len(term.columns), term.groups)
         place(block, result, term.rows, term.columns)
     return plan.give_weight(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from lightning_mat.gate.partly import Partly
+from lightning_mat.gate.look import FirstLook
+from lightning_mat.gate.partly import Partly, live, ordinary
 from lightning_mat.gate.rules import Forward, Rest
 from lightning_mat.gate.selection import Selection
 from lightning_mat.units.core import Partition
@@ -24,31 +24,6 @@ from lightning_mat.units.unit import Rect
 
 # Where the heads are in [..., heads, tokens, width].
 HEADS = -3
-
-
-class FirstLook:
-    """Warns if gradients reach what was taken for heads at rest, where there should be none.
-
-    It looks once, because looking waits for the device.
-
-    Args:
-        path: The attention module's name, for the message.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path, self.done = path, False
-
-    def at(self, grad: Tensor) -> None:
-        """Look at the gradient of the heads at rest."""
-        self.done = True
-        if bool(grad.any()):
-            warnings.warn(
-                f"gradients reached what was taken for heads at rest in {self.path!r}, and were "
-                "dropped: the attention's result is used beside its output projection, or the "
-                'module multiplies something else of as many heads. Use skip="weights" if they '
-                "matter",
-                stacklevel=2,
-            )
 
 
 @dataclass(frozen=True)
@@ -152,11 +127,20 @@ class Split:
 
     def trained(self, tensor: Tensor) -> Tensor:
         """Return the heads that pass gradients on, alone."""
-        return cast(Tensor, TakeHeads.apply(tensor, self._chosen[tensor.shape[HEADS]][0]))
+        chosen, _ = self._chosen[tensor.shape[HEADS]]
+        if isinstance(tensor, Partly):
+            if live(tensor) and (tensor.axis, tensor.selection.runs) == (HEADS, chosen.runs):
+                return tensor.taken()
+            tensor = tensor.merged()
+        return cast(Tensor, TakeHeads.apply(tensor, chosen))
 
     def rested(self, tensor: Tensor) -> Tensor:
         """Return the other heads; call it without gradients."""
-        return self._chosen[tensor.shape[HEADS]][1].take(tensor, HEADS)
+        return self._chosen[tensor.shape[HEADS]][1].take(self.values(tensor), HEADS)
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """Return all heads; call it without gradients."""
+        return tensor.full if isinstance(tensor, Partly) else tensor
 
 
 def _chosen(on: Sequence[bool], size: int, which: bool, device: torch.device) -> Selection:
@@ -227,9 +211,9 @@ def attend(
     Returns:
         Shape ``[..., H, T, width']``; the plain call's wherever the shapes are others than these.
     """
-    query, key, value = _ordinary(query), _ordinary(key), _ordinary(value)
     run = F.scaled_dot_product_attention
     if not split.fits(query, key, value, attn_mask):
+        query, key, value = ordinary(query), ordinary(key), ordinary(value)
         return run(query, key, value, attn_mask, *args, **kwargs)
     if attn_mask is None or attn_mask.dim() < 3 or attn_mask.shape[HEADS] == 1:
         return _apart(
@@ -285,23 +269,20 @@ def multiply(split: Split, a: Tensor, b: Tensor) -> Tensor:
     # Where another dimension has the same size, nothing tells which of them is the heads'.
     if any(len(s) < 4 or s[HEADS] != split.heads or s.count(split.heads) > 1 for s in shapes):
         return torch.matmul(a, b)
-    return _apart(split, torch.matmul, _ordinary(a), _ordinary(b))
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    return tensor.merged() if isinstance(tensor, Partly) else tensor
+    return _apart(split, torch.matmul, a, b)
 
 
 def _apart(split: Split, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Return what ``run`` makes of some heads with gradients and of the others without, as one."""
     if split.none:
         with torch.no_grad():
-            return run(*tensors)
+            return run(*(split.values(t) for t in tensors))
     trained = run(*(split.trained(t) for t in tensors))
     with torch.no_grad():
         rested = run(*(split.rested(t) for t in tensors))
-    heads = trained.shape[HEADS] + rested.shape[HEADS]
-    return cast(Tensor, JoinHeads.apply(trained, rested, *split.chosen(heads), split))
+        chosen, others = split.chosen(trained.shape[HEADS] + rested.shape[HEADS])
+        full = joined(trained, rested, chosen, others)
+    return Partly.make(full, trained, chosen, HEADS, split.look)
 
 
 class TakeHeads(torch.autograd.Function):
@@ -324,36 +305,16 @@ class TakeHeads(torch.autograd.Function):
         return result, None
 
 
-class JoinHeads(torch.autograd.Function):
-    """Heads that pass gradients on and others, in one tensor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        trained: Tensor,
-        rested: Tensor,
-        chosen: Selection,
-        others: Selection,
-        split: Split,
-    ) -> Tensor:
-        """Return all heads in order, in the memory order in which attention returned them."""
-        ctx.chosen, ctx.others, ctx.split = chosen, others, split
-        *batch, _, tokens, width = trained.shape
-        if trained.stride(HEADS) <= trained.stride(-2):  # tokens before heads, as most kernels do
-            result = trained.new_empty(*batch, tokens, chosen.size, width).transpose(-2, HEADS)
-        else:
-            result = trained.new_empty(*batch, chosen.size, tokens, width)
-        chosen.put(trained, result, HEADS)
-        others.put(rested, result, HEADS)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the heads that have one."""
-        if not ctx.split.look.done:
-            ctx.split.look.at(ctx.others.take(grad, HEADS))
-        return ctx.chosen.take(grad, HEADS), None, None, None, None
+def joined(trained: Tensor, rested: Tensor, chosen: Selection, others: Selection) -> Tensor:
+    """Return all heads in order, in the memory order in which attention returned them."""
+    *batch, _, tokens, width = trained.shape
+    if trained.stride(HEADS) <= trained.stride(-2):  # tokens before heads, as most kernels do
+        result = trained.new_empty(*batch, tokens, chosen.size, width).transpose(-2, HEADS)
+    else:
+        result = trained.new_empty(*batch, chosen.size, tokens, width)
+    chosen.put(trained, result, HEADS)
+    others.put(rested, result, HEADS)
+    return result
 
 
 def splitting(run: Forward, split: Split | None) -> Forward:

@@ -27,7 +27,7 @@ from lightning_mat.gate.plan import (
     training_entries,
 )
 from lightning_mat.gate.rules import Forward, Rest, Static, register_gate_rule
-from lightning_mat.gate.selection import Selection, place
+from lightning_mat.gate.selection import Selection, Taken, place
 from lightning_mat.units.regions import Block, Run, merge_runs
 
 
@@ -82,6 +82,8 @@ class PartialLinear(torch.autograd.Function):
             The output ``[..., out]``; where only some outputs pass gradients on, these
             ``[..., len(plan.out)]`` and, as a constant, the output.
         """
+        # The output that is a constant has no gradient: not even one of zeros.
+        ctx.set_materialize_grads(False)
         dtype = autocast_dtype(x.device)
         ctx.plan, ctx.x_shape, ctx.x_dtype, ctx.part = plan, x.shape, x.dtype, values is not None
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
@@ -104,15 +106,15 @@ class PartialLinear(torch.autograd.Function):
         """Return the gradients of input, weight and bias."""
         plan: LinearPlan = ctx.plan
         kept, weight = ctx.saved_tensors
-        grad = _flat(grad)
+        taken = Taken(_flat(grad))
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weight, plan, part=ctx.part)
+            grad_x = _input_gradient(taken, weight, plan, part=ctx.part)
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(grad, kept, plan, ctx.weight_dtype)
+            grad_weight = _weight_gradient(taken, kept, plan, ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = plan.give_bias(grad, ctx.bias_dtype)
+            grad_bias = plan.give_bias(taken, ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -132,14 +134,15 @@ def all_gradients(
     """Return the gradients of input, weight and bias, given the whole input and the output's."""
     grad = plan.out.take(_flat(grad), 1)
     low_x, low_weight = x.to(grad.dtype), weight.to(grad.dtype)
+    taken = Taken(grad)
     grad_x = grad_weight = grad_bias = None
     if needs[0] and len(plan.into):
-        grad_x = _input_gradient(grad, low_weight, plan, part=False).view(x.shape).to(x.dtype)
+        grad_x = _input_gradient(taken, low_weight, plan, part=False).view(x.shape).to(x.dtype)
     if needs[1] and plan.terms:
         kept = plan.kept.take(_flat(low_x), 1)
-        grad_weight = _weight_gradient(grad, kept, plan, weight.dtype)
+        grad_weight = _weight_gradient(taken, kept, plan, weight.dtype)
     if needs[2] and bias is not None and len(plan.bias):
-        grad_bias = plan.give_bias(grad, bias.dtype)
+        grad_bias = plan.give_bias(taken, bias.dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -167,33 +170,33 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, plan: LinearPlan, *, part: bool) -> Tensor:
+def _input_gradient(grad: Taken, weight: Tensor, plan: LinearPlan, *, part: bool) -> Tensor:
     """Return ``[tokens, in]``, or the columns of ``plan.into`` alone."""
     if plan.passages is None:
-        return grad @ (weight.t() if plan.input_major else weight)
+        return grad.tensor @ (weight.t() if plan.input_major else weight)
     result: Tensor | None = None
     for passage in plan.passages:
         block = passage.columns.take(passage.rows.take(weight, 0), 1)
-        out = passage.grad.take(grad, 1) @ (block.t() if plan.input_major else block)
+        out = grad.take(passage.grad) @ (block.t() if plan.input_major else block)
         inputs = passage.inner if part else passage.inputs
         if inputs.whole and len(plan.passages) == 1:
             return out
         if result is None:
-            result = out.new_zeros(len(grad), inputs.size)
+            result = out.new_zeros(len(out), inputs.size)
         (inputs.put if len(plan.passages) == 1 else inputs.add)(out, result, 1)
     assert result is not None
     return result
 
 
-def _weight_gradient(grad: Tensor, kept: Tensor, plan: LinearPlan, dtype: torch.dtype) -> Tensor:
+def _weight_gradient(grad: Taken, kept: Tensor, plan: LinearPlan, dtype: torch.dtype) -> Tensor:
     def product(grad: Tensor, x: Tensor) -> Tensor:
         return x.t() @ grad if plan.input_major else grad.t() @ x
 
     if plan.weight_rest is None:
-        return product(grad, kept).to(dtype)
+        return product(grad.tensor, kept).to(dtype)
     result = plan.weight_rest.zeros(dtype)
     for term in plan.terms:
-        block = product(term.grad.take(grad, 1), term.inputs.take(kept, 1))
+        block = product(grad.take(term.grad), term.inputs.take(kept, 1))
         place(block, result, term.rows, term.columns)
     return plan.give_weight(result)
 
@@ -258,8 +261,8 @@ def run_linear(layer: nn.Linear, input: Tensor, plan: LinearPlan) -> Tensor:
     bias = constant_if_whole(layer.bias, plan.bias_rest)
     x, values = input, None
     if isinstance(input, Partly):
-        fits = plan.passages is not None and input.selection.runs == plan.into.runs
-        if fits and input.apart:
+        same = (input.axis, input.selection.runs) == (-1, plan.into.runs)
+        if same and plan.passages is not None and input.apart:
             x, values = input.taken(), input.full
         else:
             x = input.merged()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mat.gate.rules import Rest
-from lightning_mat.gate.selection import Selection
+from lightning_mat.gate.selection import Selection, Taken
 from lightning_mat.units.regions import Block, Run, merge_runs
 from lightning_mat.units.unit import matrix_shape
 
@@ -86,9 +86,10 @@ class Plan:
         """Return the weight's gradient, known to be zero where the weight rests."""
         return grad if self.weight_rest is None else self.weight_rest.deliver(grad)
 
-    def give_bias(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    def give_bias(self, grad: Taken, dtype: torch.dtype) -> Tensor:
         """Return the bias' gradient from that of the outputs that pass, ``[n, len(out), ...]``."""
-        total = self.bias.take(grad, 1).sum([i for i in range(grad.dim()) if i != 1])
+        part = grad.take(self.bias)
+        total = part.sum([i for i in range(part.dim()) if i != 1])
         if self.bias_rest is None:
             return total.to(dtype)
         result = self.bias_rest.zeros(dtype)

@@ -21,8 +21,9 @@ class Selection:
     Args:
         runs: Pairs ``(start, stop)``; neighbours are merged already.
         size: Length of the axis.
-        device: Where the tensors live. The index is built here, once, so that no training step
-            copies anything from host to device.
+        device: Where the tensors live.
+        lazy: Build the index when it is first used. Otherwise it is built here, so that no training
+            step copies anything from host to device.
 
     Example:
         >>> some = Selection([(0, 1), (2, 4)], 5, torch.device("cpu"))
@@ -32,20 +33,22 @@ class Selection:
         (3, False)
     """
 
-    def __init__(self, runs: Sequence[Run], size: int, device: torch.device) -> None:
+    def __init__(
+        self, runs: Sequence[Run], size: int, device: torch.device, *, lazy: bool = False
+    ) -> None:
         """Build the index where the runs are short."""
         self.runs: tuple[Run, ...] = tuple(runs)
+        self._others: dict[tuple[tuple[Run, ...], int], Selection] = {}
         self.size = size
         self.count = sum(stop - start for start, stop in self.runs)
         self.whole = self.count == size
         # On an accelerator every copy is a launch: one indexed copy wins over several plain ones.
         short = device.type != "cpu" or self.count < SHORT_RUN * len(self.runs)
         self.indexed = short and len(self.runs) > 1
-        self._index = torch.tensor(
-            [i for start, stop in self.runs for i in range(start, stop)] if self.indexed else [],
-            dtype=torch.int64,
-            device=device,
-        )
+        self._device = device
+        self._index: Tensor | None = None
+        if self.indexed and not lazy:
+            self.index(device)
 
     def __len__(self) -> int:
         """Return how many indices are selected."""
@@ -53,6 +56,9 @@ class Selection:
 
     def index(self, device: torch.device) -> Tensor:
         """Return the indices on a device; copied only if the model has moved since."""
+        if self._index is None:
+            indices = [i for start, stop in self.runs for i in range(start, stop)]
+            self._index = torch.tensor(indices, dtype=torch.int64, device=device)
         if self._index.device != device:
             self._index = self._index.to(device)
         return self._index
@@ -93,6 +99,13 @@ class Selection:
             target.narrow(dim, a, b - a).add_(values.narrow(dim, start, b - a))
             start += b - a
 
+    def like(self, runs: Sequence[Run], size: int) -> Selection:
+        """Return other runs along an axis of another length, on the same device; made once."""
+        key = (tuple(runs), size)
+        if key not in self._others:
+            self._others[key] = Selection(runs, size, self._device, lazy=True)
+        return self._others[key]
+
     def clip(self, start: int, stop: int) -> Selection:
         """Return what is selected of ``[start, stop)``, counted from ``start``.
 
@@ -101,8 +114,7 @@ class Selection:
             ((0, 1), (3, 4))
         """
         runs = [(max(a, start) - start, min(b, stop) - start) for a, b in self.runs]
-        device = self._index.device
-        return Selection([(a, b) for a, b in runs if a < b], stop - start, device)
+        return self.like([(a, b) for a, b in runs if a < b], stop - start)
 
     def within(self, kept: Selection) -> Selection:
         """Return the same indices counted among those of ``kept``, which holds them all.
@@ -123,7 +135,25 @@ class Selection:
                 runs.append((max(a, start) - a + offset, min(b, stop) - a + offset))
                 here += 1
             offset += b - a
-        return Selection(merge_runs(runs), kept.count, self._index.device)
+        return Selection(merge_runs(runs), kept.count, self._device)
+
+
+class Taken:
+    """A tensor of which several readers take features, dimension 1, each selection copied once.
+
+    Args:
+        tensor: Shape ``[n, features, ...]``.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._taken: dict[tuple[Run, ...], Tensor] = {}
+
+    def take(self, selection: Selection) -> Tensor:
+        """Return the selected features."""
+        if selection.runs not in self._taken:
+            self._taken[selection.runs] = selection.take(self.tensor, 1)
+        return self._taken[selection.runs]
 
 
 def _index_select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_mat import flops
 from lightning_mat.gate import Gate
-from lightning_mat.gate.heads import FirstLook, Split, SplitAttention
+from lightning_mat.gate.heads import Split, SplitAttention
+from lightning_mat.gate.look import FirstLook
 from lightning_mat.units import partition
 from lightning_mat.units.core import Partition
 from lightning_mat.units.unit import Slice

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from examples.models.bert import BertConfig, SelfAttention
 from lightning_mat.gate import Gate
 from lightning_mat.gate.partly import Partly
+from lightning_mat.gate.reshaping import _features
 from lightning_mat.gate.selection import Selection
 from lightning_mat.units.core import Partition
 from lightning_mat.units.unit import Slice, Unit
@@ -102,6 +104,26 @@ BETWEEN = {
     "normalised": lambda m, h: F.layer_norm(F.gelu(h), (HIDDEN,)),
     "read twice": lambda m, h: F.gelu(h) + h.mean(-1, keepdim=True),
     "turned": lambda m, h: F.gelu(h).transpose(0, 1).contiguous().transpose(0, 1),
+    "cut into heads and joined": lambda m, h: F.gelu(h).unflatten(-1, (4, 4)).flatten(-2),
+    "heads in front": lambda m, h: (
+        F.gelu(h.view(3, 4, 4, 4).transpose(1, 2)).permute(0, 2, 1, 3).reshape(3, 4, HIDDEN)
+    ),
+    "heads of a head": lambda m, h: F.gelu(h.view(3, 4, 2, 2, 4)).reshape(3, 4, HIDDEN),
+    "heads that cut through blocks": lambda m, h: F.gelu(h.unflatten(-1, (2, 8))).flatten(-2),
+    "heads inside": lambda m, h: F.gelu(h.view(3, 4, 4, 4).transpose(2, 3)).mT.flatten(2),
+    "tokens in one": lambda m, h: F.gelu(h.flatten(0, 1).view(1, 12, HIDDEN)).view(3, 4, HIDDEN),
+    "a view, then changed in place": lambda m, h: (
+        (v := h.unflatten(-1, (4, 4))),
+        h.mul_(2),
+        F.gelu(v).flatten(-2),
+    )[-1],
+    "a view that is changed in place": lambda m, h: (h.unflatten(-1, (4, 4)).mul_(2), F.gelu(h))[1],
+    "a part of a view changed in place": lambda m, h: (
+        ((v := h.unflatten(-1, (4, 4)).transpose(0, 1)), v[:, :1].mul_(2), F.gelu(v))[-1]
+        .transpose(0, 1)
+        .flatten(-2)
+    ),
+    "bits read as another type": lambda m, h: h.view(torch.int64).view(torch.float64),
     "through another layer's bias": lambda m, h: torch.add(h, m.first.bias),
     "sizes asked": lambda m, h: F.relu(h.view(*h.shape[:-1], h.size(-1))) / h.dim(),
 }
@@ -129,6 +151,71 @@ def test_units_of_rows_alone_whose_result_somebody_else_reads(name):
     ]
     x = X.clone().requires_grad_()
     check(model, units, [True, False, False, True], lambda m: m(x), [x], skip="units")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "axis", "expected"),
+    [
+        ((2, 12), (2, 3, 4), 1, ([(1, 2)], 1)),
+        ((2, 12), (2, 6, 2), 1, ([(2, 4)], 1)),
+        ((2, 12), (2, 2, 6), 1, None),
+        ((2, 12), (1, 2, 1, 12, 1), 1, ([(4, 8)], 3)),
+        ((2, 12), (24,), 1, None),
+        ((12, 2), (24,), 0, ([(8, 16)], 0)),
+        ((2, 12, 5), (2, 60), 1, ([(20, 40)], 1)),
+        ((2, 1, 12), (2, 12), 1, None),
+        ((12, 4), (6, 8), 0, None),
+        ((3, 4, 12), (2, 6, 12), 2, ([(4, 8)], 2)),
+    ],
+)
+def test_features_in_another_shape(old, new, axis, expected):
+    """Rows 4 to 7 of 12 are followed, or nothing is claimed."""
+    runs = [(0, 1)] if old[axis] == 1 else [(4, 8)]
+    found = _features(Selection(runs, old[axis], X.device), old, axis, new)
+    assert expected == (None if found is None else (list(found[0].runs), found[1]))
+    if found is not None:
+        marks = torch.zeros(old)
+        marks.narrow(axis, 4, 4).fill_(1)
+        marks = marks.view(new).movedim(found[1], 0)
+        chosen = torch.zeros(len(marks))
+        found[0].put(torch.ones(len(found[0])), chosen, 0)
+        assert torch.equal(marks, chosen.view(-1, *[1] * (marks.dim() - 1)).expand_as(marks))
+
+
+def test_heads_reach_attention_and_its_projection_without_a_copy_of_all():
+    """Nothing is merged, and no gradient has the size of all heads."""
+    attention = SelfAttention(BertConfig(1, 256, 10, 8, 0.0)).double()
+    units = [
+        Unit(
+            f"head.{i}",
+            "head",
+            "",
+            (
+                *(
+                    Slice(f"{name}.{p}", 0, 64 * i, 64 * i + 64)
+                    for name in ("query", "key", "value")
+                    for p in ("weight", "bias")
+                ),
+                Slice("out.weight", 1, 64 * i, 64 * i + 64),
+            ),
+        )
+        for i in range(4)
+    ]
+    x = torch.linspace(-1, 1, 2 * 5 * 256, dtype=torch.float64).sin().view(2, 5, 256)
+    x.requires_grad_()
+    check(
+        attention, units, [False, True, False, False], lambda m: m(x), [x], skip="units", floor=1e-2
+    )
+    with Gate(attention, Partition(units, attention), skip="units") as gate:
+        gate.apply([False, True, False, False])
+        out = attention(x)
+        names, seen = set(), [out.grad_fn]
+        while seen:
+            node = seen.pop()
+            names.add(type(node).__name__)
+            seen += [n for n, _ in node.next_functions if n is not None]
+    assert "PartialLinearBackward" in names
+    assert names.isdisjoint({"MergeBackward", "TakeHeadsBackward"})
 
 
 def test_a_residual_path_keeps_its_gradient():
