@@ -13,6 +13,9 @@ import torch
 
 Value = str | int | bool | None
 
+# What measuring itself changes in a checkout makes no other code of it.
+_RESULTS = (":!benchmarks/results", ":!BENCHMARKS.md", ":!docs/figures")
+
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Value]:
     """Return what a reader needs to judge a measurement, as plain JSON values.
@@ -33,7 +36,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Value]:
     """
     where = torch.device(device)
     project = Path(__file__).resolve().parents[2]
-    changes = _git(project, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(project, "status", "--porcelain", "--untracked-files=no", "--", ".", *_RESULTS)
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git(project, "rev-parse", "HEAD"),
