@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,10 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_mat.mntk.accumulate import Accumulator, Solved, default_workspace
 from lightning_mat.mntk.alignment import check_alignment, loss_alignment
-from lightning_mat.mntk.collect import Collector, GradientSum
-from lightning_mat.mntk.head import collapsed
-from lightning_mat.mntk.layout import Layout, sketch
-from lightning_mat.mntk.look import Look, look, sample_ids
+from lightning_mat.mntk.collect import Collector
 from lightning_mat.mntk.memory import (
     ProbeMemoryError,
     free_memory,
@@ -24,13 +19,14 @@ from lightning_mat.mntk.memory import (
     memory_errors,
 )
 from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
+from lightning_mat.mntk.passes import IrregularError, Passes
 from lightning_mat.mntk.plan import MIN_WORKSPACE, Footprint, make_plan
 from lightning_mat.mntk.quiet import PRECISIONS, quiet
 from lightning_mat.mntk.rules.norm import NO_STATISTICS
 from lightning_mat.mntk.samples import count_samples, take_samples, to_device
 from lightning_mat.mntk.scalars import Scalars
 from lightning_mat.mntk.spectra import Spectra
-from lightning_mat.mntk.tape import Call, Tape, tracked_modules
+from lightning_mat.mntk.tape import tracked_modules
 from lightning_mat.mntk.words import piece_table
 from lightning_mat.units.core import Partition
 
@@ -42,10 +38,6 @@ AROUND_TOO_LARGE = (
     "memory ran out before a probe's first pass or after its last one: the probe does not fit "
     "beside the model; lower n_samples or the length of the samples"
 )
-
-
-class IrregularError(Exception):
-    """A layer's rows are not laid out as they were when the model was first looked at."""
 
 
 def check_settings(precision: str, memory: str | int) -> None:
@@ -117,10 +109,9 @@ class Probe:
         for pieces in self._owners.values():
             self._remaining[np.unique(pieces[:, 0])] += 1
         self._parameters = {n: p for n, p in model.named_parameters() if n in part.owners}
-        self._scalars = Scalars(model, output, forward or default_forward, seed)
-        self._look: Look | None = None
+        scalars = Scalars(model, output, forward or default_forward, seed)
+        self._passes = Passes(scalars, self.modules, self.names)
         self._seen: list[tuple[str, nn.Module]] = []
-        self._routed = False
 
     @memory_errors(AROUND_TOO_LARGE)
     def measure(self, batch: Any) -> Spectra:
@@ -152,7 +143,7 @@ class Probe:
                     solved, cost = self._measure(batch, samples, micro)
                     break
                 except IrregularError:
-                    self._routed = True
+                    self._passes.routed = True
                     continue
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
@@ -199,14 +190,13 @@ class Probe:
     def _prepare(self, batch: Any) -> None:
         layers = list(self.model.named_modules())
         # A layer that was added may come after the one that was the last.
-        if self._look is not None and not self._look.unsure and layers == self._seen:
+        look = self._passes.look
+        if look is not None and not look.unsure and layers == self._seen:
             return
         self._seen = layers
-        two = take_samples(batch, 0, 2)
+        owned = {n: p for n, p in self.model.named_parameters() if n in self.part.owners}
         try:
-            self._look = look(self._scalars, self.modules, self.names, two)
-            self._routed = self._look.routed
-            self._verify(two)
+            self._passes.learn(take_samples(batch, 0, 2), owned)
         except (TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"the probe cannot call {type(self.model).__name__} with a batch of type "
@@ -218,36 +208,6 @@ class Probe:
                 raise ProbeMemoryError(TOO_LARGE) from error
             raise
 
-    def _verify(self, batch: Any) -> None:
-        """Compare the layers' per-sample gradients, added up, with the plain gradient.
-
-        Raises:
-            ValueError: If a parameter is used where no layer's call shows it.
-        """
-        samples = count_samples(batch)
-        owned = {name: p for name, p in self.model.named_parameters() if name in self.part.owners}
-        for parameter in owned.values():
-            parameter.requires_grad_(True)
-        try:
-            total = self._scalars(batch, samples).sum()
-            plain = torch.autograd.grad(
-                total, list(owned.values()), allow_unused=True, materialize_grads=True
-            )
-        finally:
-            for parameter in owned.values():
-                parameter.requires_grad_(False)
-        expected = dict(zip(owned, plain, strict=True))
-        collector = GradientSum(expected)
-        while True:
-            try:
-                self._pass(batch, self.modules, collector, last=True)
-                break
-            except IrregularError:
-                self._routed = True
-                collector = GradientSum(expected)
-        collector.finish()
-        collector.check(1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2)
-
     def _measure(self, batch: Any, samples: int, micro: int) -> tuple[Solved, Tensor]:
         """Return the eigenvalues and the costs ``[L]``."""
         first = next(self.model.parameters())
@@ -255,7 +215,7 @@ class Probe:
         trainable = [p for n, p in self.model.named_parameters() if n not in self.part.frozen]
         gram_bytes = len(self.part) * samples**2 * dtype.itemsize
         gradients = sum(p.numel() * p.element_size() for p in trainable)
-        known = self._known()
+        known = self._passes.known
         footprint = Footprint(known.activations, known.captured, gradients, gram_bytes)
         most = default_workspace(first.device)
         step_samples = self.step_samples or samples
@@ -277,107 +237,9 @@ class Probe:
             starts = range(0, samples, plan.micro)
             for start in starts:
                 part = take_samples(batch, start, min(start + plan.micro, samples))
-                self._pass(part, modules, collector, last=start == starts[-1])
+                self._passes.run(part, modules, collector, last=start == starts[-1])
             collector.finish()
         return accumulator.finish(), cost
-
-    def _pass(
-        self, batch: Any, modules: Mapping[str, nn.Module], collector: Collector, last: bool
-    ) -> None:
-        """Run one micro-batch forward and backward, handing calls over as they complete."""
-        samples = count_samples(batch)
-        layouts: dict[int, Layout | None] = {}
-        waiting: list[Call] = []
-
-        def arrived(call: Call) -> None:
-            layout = layouts[id(call)]
-            if layout is not None and call.rule is not None:
-                collector.add(call, layout, samples)
-            elif not any(call is other for other in waiting):
-                waiting.append(call)
-
-        head = self._known().head
-        hooked = {name: module for name, module in modules.items() if name != head}
-        tape = Tape(hooked, self.names, arrived, samples)
-        with tape.recording(), self._collapsed(tape, modules):
-            compute = self._scalars if head is None else self._scalars.collapsed
-            scalars = compute(batch, samples)
-        collector.begin(tape.calls, samples, last)
-        layouts.update((id(call), self._layout(call, samples)) for call in tape.calls)
-        ragged = any(call.rule and layouts[id(call)] is None for call in tape.calls)
-        for call in [call for call in tape.calls if call.known]:
-            arrived(call)
-        tape.backward(scalars, keep=ragged)
-        if ragged:
-            self._find_rows(tape, scalars, waiting, collector, samples)
-        for call in [call for call in waiting if call.rule is None]:
-            collector.add(call, layouts[id(call)], samples)
-
-    def _find_rows(
-        self,
-        tape: Tape,
-        scalars: Tensor,
-        waiting: list[Call],
-        collector: Collector,
-        samples: int,
-    ) -> None:
-        """Learn the samples of routed rows from a second backward pass with weights s + 1."""
-        calls = [call for call in waiting if call.rule is not None]
-        first = {id(call): call.grads.pop(0) for call in calls}
-        plain = {
-            id(call): sketch(first[id(call)], call.row_dims(first[id(call)])) for call in calls
-        }
-        weighted: dict[int, Tensor] = {}
-
-        def arrived(call: Call) -> None:
-            grad = call.grads.popitem()[1]
-            if id(call) in plain:
-                weighted[id(call)] = sketch(grad, call.row_dims(grad))
-
-        tape.arrived = arrived
-        exact = all(grad.dtype in (torch.float32, torch.float64) for grad in first.values())
-        ids: dict[int, Tensor] = {}
-        for weights, place, count in _weights(samples, exact):
-            tape.backward(scalars, weights.to(scalars.device), keep=True)
-            for call in calls:
-                found = sample_ids(call, plain[id(call)], weighted[id(call)], count)
-                # a row without a gradient, or with NaN, is negative in every pass
-                before = ids.get(id(call), torch.zeros_like(found))
-                ids[id(call)] = torch.where(found < 0, found, before + place * found)
-        for call in calls:
-            call.grads = {0: first.pop(id(call))}
-            collector.add_routed(call, ids[id(call)].flatten(), samples)
-
-    def _layout(self, call: Call, samples: int) -> Layout | None:
-        """Return the layout of a call's rows, or None where they are routed."""
-        layout = self._known().layouts.get(call.key)
-        if call.rule is None:
-            return layout
-        dims = call.x_row_dims()
-        if self._routed and dims == 1 and not call.known and not _images(call):
-            return None
-        if layout is None or not layout.fits(call.x.shape[:dims], samples):
-            if not self._routed:
-                raise IrregularError
-            return None
-        return layout
-
-    @contextmanager
-    def _collapsed(self, tape: Tape, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Let the last layer give z itself where it can, reporting its call if it is tracked."""
-        head, output = self._known().head, self._scalars.output
-        if head is None or not isinstance(output, str):
-            yield
-            return
-        module = self.model.get_submodule(head)
-        assert isinstance(module, nn.Linear)
-        report = tape if head in modules else None
-        with collapsed(module, head, output, self._scalars.seed, report):
-            yield
-
-    def _known(self) -> Look:
-        assert self._look is not None
-        return self._look
 
 
 def mntk(
@@ -437,22 +299,3 @@ def mntk(
         alignment=alignment,
     )
     return probe.measure(batch)
-
-
-def _weights(samples: int, exact: bool) -> Iterator[tuple[Tensor, int, int]]:
-    """Yield (weights, place value, how many values) of the passes that tell the samples apart.
-
-    One pass with weights 1 … S where products are exact enough; else one pass per binary digit of
-    the sample's number, with weights 1 and 2, which no floating-point format rounds.
-    """
-    number = torch.arange(samples)
-    if exact:
-        yield number + 1, 1, samples
-        return
-    for bit in range(max(1, (samples - 1).bit_length())):
-        yield 1 + ((number >> bit) & 1), 1 << bit, 2
-
-
-def _images(call: Call) -> bool:
-    """Return whether a call works on images, whose rows are samples and are never routed."""
-    return bool(call.x.dim() > 2)

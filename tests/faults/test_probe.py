@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_mat import MATCallback, mntk, partition, policies
-from lightning_mat.mntk import probe, quiet
+from lightning_mat.mntk import passes, probe, quiet
 from lightning_mat.mntk.accumulate import Accumulator
 from lightning_mat.mntk.collect import Collector
 from lightning_mat.mntk.memory import ProbeMemoryError
@@ -36,7 +36,7 @@ HALVED = {
 AROUND = {
     "samples to the device": (probe, "to_device"),
     "copies of the buffers": (quiet, "_kept_buffers"),
-    "first look": (probe, "look"),
+    "first look": (passes, "look"),
     "alignment": (probe, "loss_alignment"),
 }
 STAGES = {**HALVED, **AROUND}
@@ -103,7 +103,7 @@ def test_out_of_memory_to_the_last_sample_skips_the_probe(
             nonlocal started
             started = trainer.current_epoch == 2
             if stage == "first look" and self.mat is not None:
-                self.mat.probe._look = None  # as if a layer had been added
+                self.mat.probe._passes.look = None  # as if a layer had been added
             super()._begin_episode(trainer, pl_module, batch)
 
     policy = policies.MAT("auto", criterion="trainability") if stage == "alignment" else None

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning_mat import MATCallback, policies
 from lightning_mat.checkpoint import AtomicCheckpointIO
 from lightning_mat.ledger import Ledger
-from lightning_mat.mntk.probe import Probe
+from lightning_mat.mntk.passes import Passes
 from lightning_mat.report.store import read
 from lightning_mat.schedule import Schedule
 from tests.lightning_models import Small, Watch, data, mat, model, trainer, weights
@@ -144,7 +144,7 @@ HOOKS = [
 
 # The first pass looks at the model; episodes begin at steps 6, 10 and 14.
 INSIDE = {
-    "in a probe": (Probe, "_pass", 4),
+    "in a probe": (Passes, "run", 4),
     "half begun": (Schedule, "decided", 3),
     "just begun": (Ledger, "switch", 1),
 }

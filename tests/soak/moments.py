@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from lightning_mat import MAT, folders
 from lightning_mat.mntk.accumulate import Accumulator
-from lightning_mat.mntk.probe import Probe
+from lightning_mat.mntk.passes import Passes
 from lightning_mat.optim import MATOptimizer
 from lightning_mat.report.store import SpectraStore
 
@@ -37,7 +37,7 @@ class Moment(NamedTuple):
 
 
 MOMENTS: dict[str, Moment] = {
-    "in a probe, before a pass": Moment(Probe, "_pass"),
+    "in a probe, before a pass": Moment(Passes, "run"),
     "in a probe, at a product": Moment(Accumulator, "add"),
     "in a probe, all measured": Moment(Accumulator, "finish", "after"),
     "decided, not applied": Moment(MAT, "apply"),
