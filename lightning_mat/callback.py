@@ -58,7 +58,8 @@ class MATCallback(Callback):
             :class:`~lightning_mat.Partition`; see :func:`lightning_mat.partition`.
         policy: Who trains next; the paper's, :class:`lightning_mat.policies.MAT`, by default.
         alpha: Share α of the eigenvalues' range above which a unit trains (equation 4), in (0, 1);
-            a number, ``"auto"``, or one of them per kind. Only without ``policy``.
+            a number, ``"auto"``, or one of them per kind; by default 0.1, for filters ``"auto"``.
+            Only without ``policy``.
         beta: A unit rests when its λ_max changes by less than this share of its first change
             (equation 6), ≥ 0; a number or one per kind. Only without ``policy``.
         every_n_epochs: Epochs per episode.
@@ -129,7 +130,7 @@ class MATCallback(Callback):
         self,
         units: Any = "auto",
         policy: Policy | None = None,
-        alpha: Threshold = 0.1,
+        alpha: Threshold | None = None,
         beta: float | Mapping[str, float] = 1e-3,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,

@@ -86,8 +86,8 @@ def same_cost(found: Sequence[Facts]) -> str:
             ]
             parts.append(
                 f"with {share} of the units ({percent(flops)} of the FLOPs, {facts.place}) "
-                f"{listed(told)}; of {len(ours)} rankings {won[0]} beat `{random}` and {won[1]} "
-                f"beat plain training of as many FLOPs"
+                f"{listed(told)}; of {len(ours)} rankings {won[0] or 'none'} beat `{random}` and "
+                f"{won[1] or 'none'} beat plain training of as many FLOPs"
             )
     if not parts:
         return "Which ranking is best at the same cost has not been measured yet."
@@ -162,15 +162,17 @@ def tally(verdicts: Sequence[str]) -> str:
     Example:
         >>> tally(["better", "worse", "no difference seen", "worse"])
         'better in 1, worse in 2 of 4 comparisons; no difference was seen in 1'
+        >>> tally(["better"])
+        'better in 1, worse in none of 1 comparison'
     """
     compared = [v for v in verdicts if v in ("better", "worse", NO_DIFFERENCE)]
-    counts = {v: compared.count(v) for v in ("better", "worse", NO_DIFFERENCE)}
+    better, worse, even = (compared.count(v) for v in ("better", "worse", NO_DIFFERENCE))
     text = (
-        f"better in {counts['better']}, worse in {counts['worse']} of {len(compared)} "
+        f"better in {better or 'none'}, worse in {worse or 'none'} of {len(compared)} "
         f"comparison{'s' if len(compared) != 1 else ''}"
     )
-    if counts[NO_DIFFERENCE]:
-        text += f"; no difference was seen in {counts[NO_DIFFERENCE]}"
+    if even:
+        text += f"; no difference was seen in {even}"
     if left := len(verdicts) - len(compared):
         text += f"; {left} compared nothing"
     return text

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_mat.policies.base import Decision, Policy, UnitTable
 
-DEFAULTS: Mapping[str, Any] = {"alpha": 0.1, "beta": 1e-3, "protect": True}
+DEFAULTS: Mapping[str, Any] = {"alpha": None, "beta": 1e-3, "protect": True}
 """Settings of the default policy that a callback takes, too."""
 
 

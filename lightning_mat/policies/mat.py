@@ -33,10 +33,14 @@ from lightning_mat.policies.criteria import (
 from lightning_mat.policies.history import History
 from lightning_mat.policies.protect import protected, strongest
 from lightning_mat.policies.temporal import settled
-from lightning_mat.policies.threshold import eigenvalue_threshold, gap_threshold
+from lightning_mat.policies.threshold import (
+    AUTO,
+    default_alpha,
+    eigenvalue_threshold,
+    gap_threshold,
+)
 
 Alpha: TypeAlias = float | str
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class MAT:
     Args:
         alpha: α in (0, 1), or ``"auto"`` for the widest gap between the kind's log λ_max
             (:func:`~lightning_mat.policies.threshold.gap_threshold`), or a mapping from every kind
-            to either.
+            to either. By default 0.1, the paper's, and ``"auto"`` for filters
+            (:func:`~lightning_mat.policies.threshold.default_alpha`).
         beta: β ≥ 0, or a mapping from every kind to it. 0 switches the temporal policy off.
         permanent: A unit that the temporal policy once rested is rested by it ever after.
         protect: Of each (layer, kind), at least the unit with the largest λ_max trains.
@@ -103,7 +108,7 @@ class MAT:
         head: 1 of 2 train, λ_α = 10 (1 below λ_α)
     """
 
-    alpha: Alpha | Mapping[str, Alpha] = 0.1
+    alpha: Alpha | Mapping[str, Alpha] | None = None
     beta: float | Mapping[str, float] = 1e-3
     _: KW_ONLY
     permanent: bool = False
@@ -128,7 +133,7 @@ class MAT:
                 object.__setattr__(self, field, dict(given))
                 for kind, value in given.items():
                     check(value, f" of kind {kind!r}")
-            else:
+            elif field == "beta" or given is not None:
                 check(given, "")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(
@@ -223,7 +228,7 @@ class MAT:
         still = torch.zeros(len(units), dtype=torch.bool)
         thresholds, automatic = {}, []
         for kind, members in units.by_kind().items():
-            alpha = self.alpha[kind] if isinstance(self.alpha, Mapping) else self.alpha
+            alpha = self._alpha_of(kind)
             beta = self.beta[kind] if isinstance(self.beta, Mapping) else self.beta
             series, newest = values[:, members], values[-1, members]
             # Units that cost nothing have Inf per FLOP: they place no threshold.
@@ -242,6 +247,11 @@ class MAT:
             still[members] = settled(series, beta, permanent=self.permanent)
         label = criterion_label(self.criterion, self.per_flop)
         return Rules(below, still, thresholds, label, tuple(automatic))
+
+    def _alpha_of(self, kind: str) -> Alpha:
+        if self.alpha is None:
+            return default_alpha(kind)
+        return self.alpha[kind] if isinstance(self.alpha, Mapping) else self.alpha
 
     def _spend(self, values: Tensor, units: UnitTable, budget: float) -> Decision:
         """Return the decision under a budget."""

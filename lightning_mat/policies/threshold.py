@@ -6,6 +6,22 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+AUTO = "auto"
+
+
+def default_alpha(kind: str) -> float | str:
+    """Return the α of a kind of units where none is given: the paper's, for filters ``"auto"``.
+
+    A few filters have kernels many times as large as all others, so that a share of the range
+    rests nearly all of them, and the network learns less: BENCHMARKS.md has the figures.
+
+    Example:
+        >>> default_alpha("head"), default_alpha("filter")
+        (0.1, 'auto')
+    """
+    return AUTO if kind == "filter" else 0.1
+
+
 # Eigenvalues of a float32 probe are right to a relative 1e-3: a smaller gap is no gap.
 _RESOLUTION = math.log1p(1e-3)
 

@@ -135,17 +135,17 @@ def test_cost_until_the_full_runs_best_validation():
 
 def test_sentences_count_as_better_only_what_the_interval_calls_so():
     text = " ".join(sentences.sentences({"bert": suite(BETTER)}))
-    beside_full = "its test result was better in 1, worse in 0 of 1 comparison ("
-    beside_short = "plain training cut to its FLOPs it was better in 1, worse in 0 of 1 comparison"
+    beside_full = "its test result was better in 1, worse in none of 1 comparison ("
+    beside_short = "plain training cut to its FLOPs it was better in 1, worse in none of 1 comparison"
     assert beside_full in text
     assert beside_short in text
     swapped = {"full": BETTER["full"], "mat": BETTER["short"], "short": BETTER["mat"]}
     text = " ".join(sentences.sentences({"bert": suite(swapped)}))
-    assert beside_full.replace("1, worse in 0", "0, worse in 1") in text
-    assert beside_short.replace("1, worse in 0", "0, worse in 1") in text
+    assert beside_full.replace("1, worse in none", "none, worse in 1") in text
+    assert beside_short.replace("1, worse in none", "none, worse in 1") in text
     even = {"full": (5.0, 5.1, 5.2), "mat": (5.1, 5.0, 5.2), "short": (5.0, 5.2, 5.1)}
     text = " ".join(sentences.sentences({"bert": suite(even)}))
-    nothing = "better in 0, worse in 0 of 1 comparison; no difference was seen in 1"
+    nothing = "better in none, worse in none of 1 comparison; no difference was seen in 1"
     assert text.count(nothing) == 2
 
 
@@ -163,7 +163,7 @@ def test_rankings_are_said_to_beat_what_their_intervals_say():
         if one["method"]["name"].startswith("top"):
             one["test_best"]["loss"] += (0.1, 0.2, -0.1)[one["seed"]]
     text = sentences.same_cost([found])
-    assert "was no different from `random-50%`; of 1 rankings 0 beat `random-50%` and" in text
+    assert "was no different from `random-50%`; of 1 rankings none beat `random-50%` and" in text
 
 
 def test_stability_is_the_least_and_the_largest_that_was_measured():
@@ -236,7 +236,7 @@ def test_a_method_that_rested_nothing_is_called_so_and_not_compared():
     assert found.says("short", "full") == facts.NO_DIFFERENCE  # fewer steps, never fewer units
     assert found.says("mat", "nobody") == "no pair"
     text = " ".join(sentences.sentences({"bert": lines}))
-    assert "better in 0, worse in 0 of 0 comparisons; 1 compared nothing" in text
+    assert "better in none, worse in none of 0 comparisons; 1 compared nothing" in text
     assert "no difference was seen" not in text
     assert "| `mat` rested nothing |" in comparison.tables(lines)
     for one in lines:

@@ -157,13 +157,22 @@ def test_a_mapping_given_to_the_policy_may_change_afterwards():
     assert policy.alpha == {"head": 0.1}
 
 
-@pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5, math.nan, "gap", None, {"head": 1.0}])
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5, math.nan, "gap", {"head": 1.0}, {"head": None}])
 def test_alpha_outside_its_range_is_refused_at_construction(alpha):
     with pytest.raises(ValueError, match=r"alpha.* must be in \(0, 1\) or \"auto\", got"):
         policies.MAT(alpha)
 
 
-@pytest.mark.parametrize("beta", [-1e-9, math.nan, math.inf, "auto", {"head": -1}])
+def test_alpha_is_by_default_the_papers_but_for_filters(make):
+    table = make.table(6, kinds=["head"] * 3 + ["filter"] * 3)
+    history = make.history([[100, 50, 40, 100, 30, 25]])
+    found = policies.MAT().decide(history, table, 0)
+    assert found.active.tolist() == [True, True, True, True, False, False]
+    assert found == policies.MAT({"head": 0.1, "filter": "auto"}).decide(history, table, 0)
+    assert policies.MAT(0.1).decide(history, table, 0).active.all()
+
+
+@pytest.mark.parametrize("beta", [-1e-9, math.nan, math.inf, "auto", None, {"head": -1}])
 def test_beta_below_zero_is_refused_at_construction(beta):
     with pytest.raises(ValueError, match=r"beta.* must be a finite number ≥ 0, got"):
         policies.MAT(beta=beta)
