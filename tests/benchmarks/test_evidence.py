@@ -136,7 +136,7 @@ def test_cost_until_the_full_runs_best_validation():
 def test_sentences_count_as_better_only_what_the_interval_calls_so():
     text = " ".join(sentences.sentences({"bert": suite(BETTER)}))
     beside_full = "its test result was better in 1, worse in none of 1 comparison ("
-    beside_short = "plain training cut to its FLOPs it was better in 1, worse in none of 1 comparison"
+    beside_short = "cut to its FLOPs it was better in 1, worse in none of 1 comparison"
     assert beside_full in text
     assert beside_short in text
     swapped = {"full": BETTER["full"], "mat": BETTER["short"], "short": BETTER["mat"]}
