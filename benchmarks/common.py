@@ -28,11 +28,12 @@ def keep_freed_memory() -> None:
     """Begin this process anew, once, with glibc told to keep freed memory at hand.
 
     By default it hands large blocks back to the system, and the next step that asks for them waits
-    until the system has cleared every page: the most uneven part of a step. Call it first thing in
-    a script; without glibc it changes nothing.
+    until the system has cleared every page: the most uneven part of a step. Settings of
+    ``MALLOC_MMAP_MAX_`` that are there already stay. Without glibc it changes nothing.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEPING})
+        again = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **KEEPING})
 
 
 def interleaved(

@@ -48,8 +48,8 @@ class FlopCount:
 class _Quick(_FlopCounterMode):
     """PyTorch's counter of operations, which spends nothing on those that cannot count.
 
-    PyTorch's own asks every operation for a decomposition and runs it twice through the mode: 40 µs
-    each, which on a CPU is a third of a small model's first look.
+    PyTorch's own asks every operation for a decomposition, inside of the mode: of a small model's
+    first look, which has many short operations, that is a large part.
     """
 
     def __init__(self, counter: FlopCounterMode) -> None:

@@ -35,7 +35,8 @@ def _dropout(
     """Drop the same elements of values and part, drawn as they always are."""
     names = ("input", "p", "training", "inplace")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    x, p, training = given["input"], given.get("p", 0.5), given.get("training", True)
+    x, p = given["input"], given.get("p", 0.5)
+    training = given.get("training", given.get("train", True))
     if not live(x) or given.get("inplace", False):
         return None
     if not training or p == 0.0:
@@ -61,10 +62,10 @@ def _binary(
         (x.selection.runs, x.axis, x.full.shape) != (selection.runs, axis, shape) for x in known
     ):
         return None
-    parts = []
+    parts: list[Any] = []
     for x in args:
         if isinstance(x, Partly):
-            parts.append(x.part)
+            parts.append(x)
         elif isinstance(x, Tensor) and x.requires_grad:
             return None  # its gradient needs all features
         elif not isinstance(x, Tensor) or x.dim() < -axis or x.shape[axis] == 1:
@@ -73,12 +74,11 @@ def _binary(
             parts.append(selection.take(x, axis))
         else:
             return None
-    for x in known:
-        x.read = True
     with torch.no_grad():
         values = func(*(x.full if isinstance(x, Partly) else x for x in args))
+    part = func(*(x.taken() if isinstance(x, Partly) else x for x in parts))
     look = next((x.look for x in known if x.look is not None), None)
-    return Partly.make(values, func(*parts), selection, axis, look)
+    return Partly.make(values, part, selection, axis, look)
 
 
 register_partly_rule(

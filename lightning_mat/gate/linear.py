@@ -102,8 +102,10 @@ class PartialLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *constant: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *constant: object) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, weight and bias."""
+        if grad is None:  # what came after passed none on
+            return None, None, None, None, None
         plan: LinearPlan = ctx.plan
         kept, weight = ctx.saved_tensors
         taken = Taken(_flat(grad))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mat.gate.selection import Selection
 
@@ -59,7 +59,10 @@ class Partly(Tensor):
         selection: Which features the part is.
         axis: Dimension of the features, counted from the last, negative.
         look: Looks at the first gradient of the others, or None.
-        read: Whether the part has been used.
+        base: What this is a view of, or None.
+        read: Whether something was computed with the part, or with that of a view.
+        watched: Whether somebody sees the merged tensor's gradient, or its memory: from then on
+            all that is computed with this or with a view of it passes through the merged tensor.
     """
 
     full: Tensor
@@ -67,9 +70,11 @@ class Partly(Tensor):
     selection: Selection
     axis: int
     look: Look | None
-    _merged: Tensor
+    base: Partly | None
     read: bool
-    _apart: int
+    watched: bool
+    _merged: Tensor
+    _version_made: int
 
     @staticmethod
     def make(
@@ -78,6 +83,7 @@ class Partly(Tensor):
         selection: Selection,
         axis: int = -1,
         look: Look | None = None,
+        base: Partly | None = None,
         merged: Tensor | None = None,
     ) -> Tensor:
         """Return constant values with a differentiable part.
@@ -88,7 +94,8 @@ class Partly(Tensor):
             selection: Which features these are.
             axis: Dimension of the features, negative.
             look: Looks at the first gradient of the other features.
-            merged: The two as an ordinary tensor, where there is one already: a view of another's.
+            base: What this is a view of.
+            merged: The two as an ordinary tensor: that view of the base's.
         """
         if not part.requires_grad:
             return full
@@ -96,20 +103,27 @@ class Partly(Tensor):
             merged = cast(Tensor, Merge.apply(part, full, selection, axis, look))
         made = merged.as_subclass(Partly)
         made.full, made.part, made.selection, made._merged = full, part, selection, merged
-        made.axis, made.look = axis, look
-        made._apart, made.read = full._version, False
+        made.axis, made.look, made.base = axis, look, base
+        made.read = made.watched = False
+        made._version_made = full._version
         return cast(Tensor, made)
 
     def taken(self) -> Tensor:
-        """Return the part, to be used in the place of the tensor."""
-        self.read = True
+        """Return the part, to be computed with in the place of the tensor."""
+        for one in self._lineage():
+            one.read = True
         return self.part
 
     def merged(self) -> Tensor:
-        """Return an ordinary tensor, one and the same; what reads it once, reads it always."""
-        # Hooks that are set on it, and changes in place, would pass the part by.
-        self._apart = -1
+        """Return the two as an ordinary tensor, one and the same."""
         return self._merged
+
+    def _lineage(self) -> Iterator[Partly]:
+        """Yield this and what it is a view of."""
+        one: Partly | None = self
+        while one is not None:
+            yield one
+            one = one.base
 
     def reshaped(
         self,
@@ -128,16 +142,33 @@ class Partly(Tensor):
             selection: Which features it is then.
             axis: Their dimension then.
         """
+        if full.untyped_storage().data_ptr() != self.full.untyped_storage().data_ptr():
+            self.taken()
+            return Partly.make(full, part, selection, axis, self.look)
         # What is a view of the values is one of the merged tensor, too: whoever changes either in
         # place changes both, and autograd knows it.
-        shared = full.untyped_storage().data_ptr() == self.full.untyped_storage().data_ptr()
-        merged = shape(self._merged) if shared else None
-        return Partly.make(full, part, selection, axis, self.look, merged)
+        merged = shape(self._merged)
+        return Partly.make(full, part, selection, axis, self.look, self, merged)
+
+    def watch(self, func: Callable[..., Any]) -> None:
+        """Send all that is still to be computed through the merged tensor.
+
+        Raises:
+            RuntimeError: If the function looks at its gradient, and something was computed already.
+        """
+        if func in _WATCHES and self.read:
+            raise RuntimeError(
+                f"{func.__name__} on the output of a gated layer after it has been used would see "
+                "a part of its gradient only: call it before the tensor is used, or use "
+                'skip="weights"'
+            )
+        self.watched = True
 
     @property
     def apart(self) -> bool:
         """Whether values and part still stand for the tensor."""
-        return self._apart == self.full._version
+        unchanged = self._version_made == self.full._version
+        return unchanged and not any(one.watched for one in self._lineage())
 
     @classmethod
     def __torch_function__(
@@ -154,12 +185,10 @@ class Partly(Tensor):
                 return func(*tree_map(_values, args), **tree_map(_values, kwargs))
             if func == _REQUIRES_GRAD:
                 return True
-            if func in _WATCHES and isinstance(args[0], Partly) and args[0].read:
-                raise RuntimeError(
-                    f"{func.__name__} on the output of a gated layer after it has been used would "
-                    "see a part of its gradient only: call it before the tensor is used, or use "
-                    'skip="weights"'
-                )
+            if func in _WATCHES or _opens(func):
+                for x in tree_leaves((args, kwargs)):
+                    if isinstance(x, Partly):
+                        x.watch(func)
             rule = _RULES.get(func)
             if rule is not None and torch.is_grad_enabled():
                 out = rule(func, args, kwargs)
@@ -176,13 +205,16 @@ class Merge(torch.autograd.Function):
         ctx: Any, part: Tensor, full: Tensor, selection: Selection, axis: int, look: Look | None
     ) -> Tensor:
         """Return the values: another tensor on the same memory, which may be changed in place."""
+        ctx.set_materialize_grads(False)
         ctx.selection, ctx.axis, ctx.look = selection, axis, look
         return full.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the part's gradient."""
+        if grad is None:
+            return None, None, None, None, None
         part = ctx.selection.take(grad, ctx.axis)
         if ctx.look is not None and not ctx.look.done:
             others = grad.clone()
@@ -207,7 +239,22 @@ def _values(x: object) -> object:
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
-_WATCHES = {Tensor.register_hook, Tensor.retain_grad}
+# What looks at the gradient of a tensor.
+_WATCHES = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+
+# What gives access to its memory without a count of what is changed there.
+_MEMORY = {
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    *named("data_ptr numpy __array__ __dlpack__ untyped_storage storage"),
+}
+
+
+def _opens(func: Callable[..., Any]) -> bool:
+    """Return whether a function changes a tensor, or lets somebody change it, behind the part."""
+    name = getattr(func, "__name__", "")
+    changes = name == "__set__" or (name.endswith("_") and not name.endswith("__"))
+    return changes or func in _MEMORY
+
 
 # What a tensor is asked without touching its values.
 _READS = {

@@ -57,7 +57,7 @@ def _reshape(
     selection, axis = found
     sizes = list(full.shape)
     sizes[axis] = len(selection)
-    return x.reshaped(shape, full, x.taken().reshape(sizes), selection, axis - len(sizes))
+    return x.reshaped(shape, full, x.part.reshape(sizes), selection, axis - len(sizes))
 
 
 def _features(
@@ -107,7 +107,7 @@ def _permute(
     axis = list(shape(marked.expand(sizes)).shape).index(2) - x.full.dim()
     with torch.no_grad():
         full = shape(x.full)
-    return x.reshaped(shape, full, shape(x.taken()), x.selection, axis)
+    return x.reshaped(shape, full, shape(x.part), x.selection, axis)
 
 
 def _chunk(
@@ -124,7 +124,7 @@ def _chunk(
     for values in x.full.chunk(given["chunks"], dim):
         size = values.shape[dim]
         selection = x.selection.clip(start, start + size)
-        part = x.taken().narrow(dim, taken, len(selection))
+        part = x.part.narrow(dim, taken, len(selection))
 
         def shape(tensor: Tensor, start: int = start, size: int = size) -> Tensor:
             return tensor.narrow(dim, start, size)

@@ -14,6 +14,9 @@ from lightning_mat.units.regions import Run, merge_runs
 # against 2.7; runs of 64, 4.9 against 0.7.
 SHORT_RUN = 8
 
+# Selections that are remembered of one: sequences of every length may ask for another.
+KEPT = 64
+
 
 class Selection:
     """Sorted, disjoint runs of indices along an axis of a given length.
@@ -103,6 +106,8 @@ class Selection:
         """Return other runs along an axis of another length, on the same device; made once."""
         key = (tuple(runs), size)
         if key not in self._others:
+            if len(self._others) == KEPT:
+                self._others.clear()
             self._others[key] = Selection(runs, size, self._device, lazy=True)
         return self._others[key]
 

@@ -61,7 +61,11 @@ class Passes:
         """
         self.look = look(self._scalars, self._modules, self._names, batch)
         self.routed = self.look.routed
-        self._verify(batch, owned)
+        try:
+            self._verify(batch, owned)
+        except BaseException:
+            self.look = None  # what was not checked is looked at again
+            raise
 
     def _verify(self, batch: Any, owned: Mapping[str, nn.Parameter]) -> None:
         """Compare the layers' per-sample gradients, added up, with the plain gradient."""

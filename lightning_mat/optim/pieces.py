@@ -18,8 +18,7 @@ PACK_BELOW = 65_536
 # The same where a kernel is fused: it costs few calls, so that less is worth a copy.
 FUSED_PACK_BELOW = 16_384
 
-# Elements of a chunk on a CPU, see chunk_of. Measured: half as many cost more in calls, twice as
-# many fall out of the caches.
+# Elements of a chunk on a CPU, see chunk_of: fewer cost more in calls, more fall out of the caches.
 CHUNK = 262_144
 
 # The same where a kernel fuses the passes: what matters is that values and gradients stay in the

@@ -71,7 +71,7 @@ class MAT:
     Args:
         alpha: α in (0, 1), or ``"auto"`` for the widest gap between the kind's log λ_max
             (:func:`~lightning_mat.policies.threshold.gap_threshold`), or a mapping from every kind
-            to either. By default 0.1, the paper's, and ``"auto"`` for filters
+            to either. By default 0.1, and ``"auto"`` for filters
             (:func:`~lightning_mat.policies.threshold.default_alpha`).
         beta: β ≥ 0, or a mapping from every kind to it. 0 switches the temporal policy off.
         permanent: A unit that the temporal policy once rested is rested by it ever after.

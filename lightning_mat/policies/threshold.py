@@ -10,10 +10,10 @@ AUTO = "auto"
 
 
 def default_alpha(kind: str) -> float | str:
-    """Return the α of a kind of units where none is given: the paper's, for filters ``"auto"``.
+    """Return the α of a kind of units where none is given: 0.1, for filters ``"auto"``.
 
     A few filters have kernels many times as large as all others, so that a share of the range
-    rests nearly all of them, and the network learns less: BENCHMARKS.md has the figures.
+    rests most of them, at the cost of accuracy: see ``docs/decisions.md``.
 
     Example:
         >>> default_alpha("head"), default_alpha("filter")

@@ -25,6 +25,22 @@ def test_every_round_runs_every_function_in_turning_order():
     assert common.summary(seconds)["b"]["rounds"] == 2
 
 
+def test_a_process_begins_anew_once_to_keep_its_memory(monkeypatch):
+    begun = []
+    monkeypatch.setattr(common.os, "execve", lambda *what: begun.append(what))
+    monkeypatch.setattr(common.sys, "platform", "linux")
+    monkeypatch.setattr(common.sys, "orig_argv", ["python", "-X", "dev", "script.py", "--quick"])
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    common.keep_freed_memory()
+    [(program, arguments, environment)] = begun
+    assert program == arguments[0] == sys.executable
+    assert arguments[1:] == ["-X", "dev", "script.py", "--quick"]
+    assert environment.items() >= common.KEEPING.items()
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    common.keep_freed_memory()
+    assert len(begun) == 1
+
+
 def test_nothing_to_time_is_an_error():
     with pytest.raises(ValueError, match="at least one function and one round, got 0 and 3"):
         common.interleaved({}, rounds=3)

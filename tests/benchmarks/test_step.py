@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks import activations, step, step_markdown, tables
 from benchmarks.activations import saved_bytes
+from benchmarks.counted import split_seconds
 from benchmarks.models import ALL, WORKLOADS
 from benchmarks.rivals import RIVALS
 from benchmarks.study import Setting, Study, choose
@@ -191,6 +192,9 @@ def test_a_result_its_table_and_its_pages(tmp_path, monkeypatch, capsys):
         assert (row["saved_ratio"] == 1) == (share == 1), skip
         assert row["seconds"]["rounds"] == 1
         assert row["optimizer_time_ratio"] > 0
+        assert row["counted_time_ratio"] > 0
+        assert row["rest_time_ratio"] > 0
+        assert row["peak_ratio"] is None or row["peak_ratio"] > 0
         if share < 1:
             kept = (1 - row["time_ratio"]) / (1 - row["flops_ratio"])
             assert row["efficiency"] == pytest.approx(kept)
@@ -206,6 +210,20 @@ def test_a_result_its_table_and_its_pages(tmp_path, monkeypatch, capsys):
     assert page.startswith("### Switch encoder")
     assert page.count('| `skip="weights"` |') == 2
     assert "- *branches detached*: DropBP" in page
+
+
+def test_a_steps_time_is_split_by_what_has_flops():
+    weight = torch.randn(300, 300)
+
+    def step():
+        for _ in range(20):
+            weight @ weight
+
+    product = split_seconds(step, "cpu")
+    other = split_seconds(lambda: [weight.sort() for _ in range(20)], "cpu")
+    assert product.counted > 0
+    assert other.counted == 0
+    assert other.rest > 0
 
 
 def test_what_fails_is_said_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):

@@ -124,6 +124,12 @@ BETWEEN = {
         .flatten(-2)
     ),
     "bits read as another type": lambda m, h: h.view(torch.int64).view(torch.float64),
+    "its memory, changed behind autograd": lambda m, h: (
+        (v := h.unflatten(-1, (4, 4))),
+        h.data.mul_(2),
+        F.gelu(v).flatten(-2),
+    )[-1],
+    "dropout that is off": lambda m, h: torch.dropout(F.gelu(h), p=0.5, train=False),
     "through another layer's bias": lambda m, h: torch.add(h, m.first.bias),
     "sizes asked": lambda m, h: F.relu(h.view(*h.shape[:-1], h.size(-1))) / h.dim(),
 }
@@ -205,7 +211,7 @@ def test_heads_reach_attention_and_its_projection_without_a_copy_of_all():
     x.requires_grad_()
     check(
         attention, units, [False, True, False, False], lambda m: m(x), [x], skip="units", floor=1e-2
-    )
+    ).remove()
     with Gate(attention, Partition(units, attention), skip="units") as gate:
         gate.apply([False, True, False, False])
         out = attention(x)
@@ -240,6 +246,65 @@ def test_a_hook_that_would_see_a_part_is_refused():
     model.second(F.gelu(other))
     with pytest.raises(RuntimeError, match="before the tensor is used"):
         other.retain_grad()
+
+
+def test_the_gradient_of_what_was_used_is_refused_and_of_a_view_is_whole():
+    model, _ = gated_network()
+    hidden = model.first(X)
+    heads = hidden.view(3, 4, 4, 4).transpose(1, 2)
+    hidden.register_hook(lambda grad: None)  # a view alone has used nothing
+    loss = model.second(F.gelu(heads).transpose(1, 2).flatten(-2)).sum() + hidden.mean()
+    (found,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (expected,) = torch.autograd.grad(loss, hidden.merged())
+    assert torch.equal(found, expected)
+    assert found[..., :4].all()
+
+    other = model.first(X)
+    loss = model.second(F.gelu(other.view(3, 4, 4, 4)).flatten(-2)).sum()
+    with pytest.raises(RuntimeError, match="grad on the output of a gated layer"):
+        torch.autograd.grad(loss, other)
+    with pytest.raises(RuntimeError, match="before the tensor is used"):
+        other.register_hook(lambda grad: None)
+
+
+class Stop(torch.autograd.Function):
+    """Passes no gradient on, which is not the same as zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("skip", ["weights", "units"])
+def test_no_gradient_is_none_for_a_gated_layer_too(skip):
+    model = Network(lambda m, h: h).double()
+    with Gate(model, Partition(blocks(model), model), skip=skip) as gate:
+        gate.apply([True, False, False, True])
+        Stop.apply(model(X)).sum().backward()
+        Stop.apply(model.first(X)).sum().backward()
+    assert model.second.weight.grad is None
+    assert model.first.weight.grad is None
+
+
+def test_a_checkpoint_may_read_a_part_in_both_ways():
+    """Recomputation takes the way that the first pass took."""
+    model, _ = gated_network()
+
+    def scaled(q: Tensor) -> Tensor:
+        return q * torch.rsqrt(q.pow(2).mean(-1, keepdim=True) + 1)
+
+    gradients = []
+    for around in (False, True):
+        model.zero_grad()
+        q = model.first(X).view(3, 4, 4, 4).transpose(1, 2)
+        out = checkpoint(scaled, q, use_reentrant=False) if around else scaled(q)
+        out.sum().backward()
+        gradients.append(model.first.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("active", [[False, True, False, True], [False, False, False, True]])

@@ -163,7 +163,7 @@ def test_alpha_outside_its_range_is_refused_at_construction(alpha):
         policies.MAT(alpha)
 
 
-def test_alpha_is_by_default_the_papers_but_for_filters(make):
+def test_alpha_is_by_default_a_tenth_but_for_filters(make):
     table = make.table(6, kinds=["head"] * 3 + ["filter"] * 3)
     history = make.history([[100, 50, 40, 100, 30, 25]])
     found = policies.MAT().decide(history, table, 0)
