@@ -39,8 +39,8 @@ of five steps, and every change makes the plans of gate and optimizer anew, whic
 Intervals stand for themselves: where many methods are compared, some fall off zero by chance."""
 
 MACHINES = (
-    "Seconds on machines that do other things, too, still move from run to run, as caches and memory "
-    "are shared, by more than a tenth where much else ran; ratios of FLOPs do not."
+    "Seconds on machines that do other things, too, still move from run to run, as caches and "
+    "memory are shared, by more than a tenth where much else ran; ratios of FLOPs do not."
 )
 
 
