@@ -64,7 +64,7 @@ _CPU_SWITCH = Task(
     batch_size=8,
     units="heads+experts",
     first=20,
-    every=60,
+    every=90,
     n_samples=6,
     points=8,
     head_start=300,
@@ -90,7 +90,7 @@ _CPU_REVIEWS = Task(
     batch_size=16,
     units="heads+ffn",
     first=16,
-    every=38,
+    every=56,
     n_samples=6,
     points=6,
 )
