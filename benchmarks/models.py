@@ -7,7 +7,7 @@ may be left out of a backward pass: what :mod:`benchmarks.rivals` needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from examples.models.resnet import ResNet18
 from examples.models.switch import Switch, SwitchConfig
 from examples.models.vgg import VGG16
 from examples.models.vit import ViT, ViTConfig
+from lightning_mat.units import Filters
 
 Batch = Mapping[str, Tensor]
 
@@ -43,7 +44,7 @@ class Workload:
     """
 
     title: str
-    units: str
+    units: str | Filters
     make: Callable[..., nn.Module]
     draw: Callable[..., Batch]
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -53,6 +54,17 @@ class Workload:
     full: Mapping[str, int] = field(default_factory=dict)
     quick: Mapping[str, int] = field(default_factory=dict)
     dropout: float | None = None
+
+    @property
+    def unit_names(self) -> str:
+        """What the units are called."""
+        return self.units if isinstance(self.units, str) else "filters with their BatchNorm"
+
+
+def _with_norms(workload: Workload) -> Workload:
+    """Return the same, but that filters own their entries of the BatchNorm behind them."""
+    title = f"{workload.title}, filters own their BatchNorm"
+    return replace(workload, title=title, units=Filters(affine=True))
 
 
 def _mlm_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -174,6 +186,9 @@ WORKLOADS: dict[str, Workload] = {
         **_MLM,
     ),
 }
+
+for _name in ("vgg16", "resnet18"):
+    WORKLOADS[f"{_name}-norms"] = _with_norms(WORKLOADS[_name])
 
 #: What ``--model all`` stands for: BERT-base asks for a GPU.
 ALL = tuple(name for name in WORKLOADS if name != "bert-base")

@@ -82,7 +82,7 @@ def measure_model(name: str, args: argparse.Namespace, limit: Limit) -> bool:
         "model": name,
         "title": study.workload.title,
         "settings": {
-            "units": study.workload.units,
+            "units": study.workload.unit_names,
             "unit_count": len(study.part),
             "batch_size": study.batch_size,
             "sizes": study.sizes,

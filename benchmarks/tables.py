@@ -53,14 +53,15 @@ def steps() -> dict[str, dict[str, Any]]:
 
     Empty where none was measured; models stand in the order of the benchmark.
     """
-    paths = [
-        path
+    stems = sorted(path.stem for path in RESULTS.glob("step-*.json"))
+    results = {stem: load(stem) for stem in stems}
+    return {
+        stem: result
         for on_cpu in (True, False)
         for model in WORKLOADS
-        for path in sorted(RESULTS.glob(f"step-{model}-*.json"))
-        if path.stem.endswith("-cpu") == on_cpu
-    ]
-    return {path.stem: load(path.stem) for path in paths}
+        for stem, result in results.items()
+        if result["model"] == model and stem.endswith("-cpu") == on_cpu
+    }
 
 
 def step_page() -> str:

@@ -8,6 +8,7 @@ from lightning_mat.gate import (
     experts,
     linear,
     norm,
+    pooling,
     reshaping,
     transposed,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "experts",
     "linear",
     "norm",
+    "pooling",
     "register_gate_rule",
     "reshaping",
     "transposed",

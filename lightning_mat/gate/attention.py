@@ -61,7 +61,7 @@ def rows_rest(rest: Rest | None, rows: tuple[int, int] | None) -> Rest | None:
     stand_in = cast(nn.Parameter, torch.empty(shape, device="meta"))
     if sum(block.numel for block in trains) == stand_in.numel():
         return None
-    return RowsRest(stand_in, trains, passes, None, rest)
+    return RowsRest(stand_in, trains, passes, packed=rest)
 
 
 class Rows(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from torch import nn
@@ -38,6 +38,7 @@ class ConvPlan(Plan):
         transposed: The weight is ``[in, out / groups, ...]``, not ``[out, in / groups, ...]``.
         pad: What ``F.pad`` adds first, none for a layer that pads with zeros on both sides alike.
         pad_mode: Its mode.
+        apart: Whether what reads the output next can go on with the channels that pass.
     """
 
     stride: tuple[int, ...]
@@ -47,6 +48,30 @@ class ConvPlan(Plan):
     transposed: bool
     pad: tuple[int, ...]
     pad_mode: str
+    apart: bool
+    _reading: dict[tuple[Run, ...], ConvPlan] = field(default_factory=dict, compare=False)
+
+    def reading(self, some: Selection) -> ConvPlan | None:
+        """Return the plan for an input of which only these channels have gradients.
+
+        None where they are not told apart: in groups, and where the input is padded first.
+        """
+        if self.groups != 1 or self.transposed or self.pad:
+            return None
+        if some.runs not in self._reading:
+            all_out, all_in = (s.like([(0, s.size)], s.size) for s in (self.out, self.into))
+            whole = (Passage(all_out, all_out, all_in, all_in, all_in),)
+            passages = []
+            for passage in whole if self.passages is None else self.passages:
+                columns = passage.columns.meet(some)
+                inputs = columns.within(some)
+                if len(columns):
+                    passages.append(replace(passage, columns=columns, inputs=inputs, inner=inputs))
+            into = merge_runs(run for passage in passages for run in passage.columns.runs)
+            self._reading[some.runs] = replace(
+                self, passages=tuple(passages), into=self.into.like(into, self.into.size)
+            )
+        return self._reading[some.runs]
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,7 @@ def make_plan(layer: Convolution, rests: Mapping[str, Rest]) -> ConvPlan | None:
         transposed=layer.transposed,
         pad=pad,
         pad_mode=pad_mode,
+        apart=weight_rest is None or weight_rest.apart,
     )
 
 

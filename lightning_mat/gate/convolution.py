@@ -35,27 +35,37 @@ class PartialConv(torch.autograd.Function):
         bias: Tensor | None,
         plan: ConvPlan,
         output_padding: Sequence[int],
-    ) -> Tensor:
+        values: Tensor | None,
+    ) -> Any:
         """Return the layer's output, bit by bit what the plain layer returns.
 
         Args:
             ctx: What autograd keeps for the backward pass.
-            x: Shape ``[n, in, ...]``.
+            x: Shape ``[n, in, ...]``, or the channels that have gradients alone.
             weight: Shape ``[out, in / groups, ...]``; ``[in, out / groups, ...]`` if transposed.
             bias: Shape ``[out]``, or None.
             plan: What trains, and what passes.
             output_padding: What a transposed convolution adds to the output's size.
+            values: The whole input ``[n, in, ...]`` where ``x`` is a part of it, or None.
+
+        Returns:
+            The output ``[n, out, ...]``; where the plan tells them apart, the channels that pass
+            gradients on ``[n, len(plan.out), ...]`` and, as a constant, the output.
         """
+        # The output that is a constant has no gradient: not even one of zeros.
+        ctx.set_materialize_grads(False)
         dtype = autocast_dtype(x.device)
         ctx.plan, ctx.output_padding = plan, output_padding
-        ctx.x_shape, ctx.x_dtype, ctx.layout = x.shape, x.dtype, _layout(x, weight)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        x = x if values is None else values
+        ctx.layout = _layout(x, weight)
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         x, weight = lowered(x, dtype), lowered(weight, dtype)
         bias = None if bias is None else lowered(bias, dtype)
         kept = plan.kept.copy(x, 1) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
-        return torch.convolution(
+        out = torch.convolution(
             x,
             weight,
             bias,
@@ -66,16 +76,23 @@ class PartialConv(torch.autograd.Function):
             output_padding,
             plan.groups,
         )
+        ctx.apart = plan.apart and not plan.out.whole
+        if not ctx.apart:
+            return out
+        ctx.mark_non_differentiable(out)
+        return plan.out.copy(out, 1), out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *constant: object) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, weight and bias."""
+        if grad is None:  # what came after passed none on
+            return (None,) * 6
         plan: ConvPlan = ctx.plan
         kept, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         # One copy of what passes serves all three.
-        taken = Taken(plan.out.take(grad, 1))
+        taken = Taken(grad if ctx.apart else plan.out.take(grad, 1))
         if ctx.needs_input_grad[0]:
             grad_x = _input_gradient(
                 taken, weight, plan, ctx.x_shape, ctx.output_padding, ctx.layout
@@ -87,24 +104,37 @@ class PartialConv(torch.autograd.Function):
             )
         if ctx.needs_input_grad[2]:
             grad_bias = plan.give_bias(taken, ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def convolve(
     layer: Convolution, input: Tensor, plan: ConvPlan, output_padding: Sequence[int]
 ) -> Tensor:
-    """Return a layer's output; its backward skips what rests."""
+    """Return a layer's output for an input of which perhaps only a part has gradients."""
     weight = cast(Tensor, constant_if_whole(layer.weight, plan.weight_rest))
     bias = constant_if_whole(layer.bias, plan.bias_rest)
+    axis = -len(plan.stride) - 1
+    x, values = input, None
     if isinstance(input, Partly):
-        input = input.merged()
+        reading = None
+        if input.apart and input.axis == axis:
+            reading = plan.reading(input.selection)
+        if reading is None:
+            x = input.merged()
+        else:
+            plan, x, values = reading, input.taken(), input.full
     if len(plan.into) == 0:
-        input = input.detach()
-    x = F.pad(input, plan.pad, plan.pad_mode) if plan.pad else input
-    batched = x.dim() == len(plan.stride) + 2
-    x = x if batched else x.unsqueeze(0)
-    out = cast(Tensor, PartialConv.apply(x, weight, bias, plan, output_padding))
-    return out if batched else out.squeeze(0)
+        x, values = (x if values is None else values).detach(), None
+    x = F.pad(x, plan.pad, plan.pad_mode) if plan.pad else x
+    if x.dim() == len(plan.stride) + 2:
+        out = PartialConv.apply(x, weight, bias, plan, output_padding, values)
+    else:
+        values = None if values is None else values.unsqueeze(0)
+        out = PartialConv.apply(x.unsqueeze(0), weight, bias, plan, output_padding, values)
+        out = tuple(o.squeeze(0) for o in out) if isinstance(out, tuple) else out.squeeze(0)
+    if isinstance(out, tuple):
+        return Partly.make(out[1], out[0], plan.out, axis)
+    return cast(Tensor, out)
 
 
 def all_gradients(

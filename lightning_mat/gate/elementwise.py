@@ -19,14 +19,27 @@ def _unary(
     x, *rest = args or [None]
     if not live(x) or any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
         return None
-    if kwargs.get("inplace", False) or any(value is True for value in rest):
-        return None  # in place, however it was said
+    if kwargs.get("inplace", False):
+        return _in_place(func, x, rest, kwargs)
+    if any(value is True for value in rest):
+        return None  # in place, said without a name
     with torch.no_grad():
         values = func(x.full, *rest, **kwargs)
     if values is x.full:  # .to() and the like, where there is nothing to do
         return x
     part = func(x.taken(), *rest, **kwargs)
     return Partly.make(values, part, x.selection, x.axis, x.look)
+
+
+def _in_place(
+    func: Callable[..., Any], x: Partly, rest: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Apply an activation function in place: of the values, nothing is saved."""
+    if x.base is not None:
+        return None
+    part = func(x.part, *rest, **{**kwargs, "inplace": False})
+    x.changed(lambda values: func(values, *rest, **kwargs), part)
+    return x
 
 
 def _dropout(

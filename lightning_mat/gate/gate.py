@@ -14,6 +14,7 @@ from lightning_mat.gate import compiled
 from lightning_mat.gate.fallback import ClearResting, DropGradient, forget, note_once, watch
 from lightning_mat.gate.forward import constant, detaching
 from lightning_mat.gate.heads import splitting
+from lightning_mat.gate.plan import rows_of
 from lightning_mat.gate.rules import Forward, Rest, entry_for
 from lightning_mat.gate.sites import Site, find_sites
 from lightning_mat.shards import leaves_of, sharded_modules
@@ -221,7 +222,17 @@ class Gate:
                 self._sharded[name].grad = None
         if param.requires_grad:
             self._hooks.append((param, watch(param, hook)))
-        return Rest(param, blocks, passing, hook if isinstance(hook, ClearResting) else None)
+        clear = hook if isinstance(hook, ClearResting) else None
+        return Rest(param, blocks, passing, clear, self._is_read_apart(name, flags, passing))
+
+    def _is_read_apart(self, name: str, flags: list[bool], passing: tuple[Block, ...]) -> bool:
+        """Return whether a BatchNorm behind a convolution, if any, passes on the same channels."""
+        if name not in self._sites.scales:
+            return True
+        scale = self._sites.scales[name]
+        if scale not in self.part.owners:
+            return False
+        return rows_of(self._blocks(scale, flags)[1]) == rows_of(passing)
 
     def _gate(self, site: Site, rests: dict[str, Rest]) -> None:
         """Make a module's forward follow what rests of its parameters."""

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lightning_mat.gate.partly import Partly
+from lightning_mat.gate.partly import Partly, live, ordinary
 from lightning_mat.gate.plan import passing_entries
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
 from lightning_mat.gate.selection import Selection
@@ -70,36 +70,40 @@ def batch_norm_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | N
         return in_full
     masked = in_full
     entries = passing_entries(layer.weight, rests["weight"])
-    live = Selection(entries, layer.num_features, layer.weight.device)
+    passing = Selection(entries, layer.num_features, layer.weight.device)
     alike = layer.bias is None or passing_entries(layer.bias, rests.get("bias")) == entries
-    if live.whole or len(live) == 0 or not alike:
+    if passing.whole or len(passing) == 0 or not alike:
         return in_full
     constants = [name for name, rest in rests.items() if rest.whole]
 
     def run(input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return cast(Tensor, masked(input))
-        if isinstance(input, Partly):
-            input = input.merged()
+        axis = 1 - input.dim()
+        if live(input) and (input.axis, input.selection.runs) == (axis, passing.runs):
+            part, input = input.taken(), input.full
+        else:
+            input = ordinary(input)
+            part = cast(Tensor, Take.apply(input, passing))
         mean, var = layer.running_mean, layer.running_var
         batch = layer.training or (mean is None and var is None)
         with torch.no_grad():
             full = _forward(layer, (), input)
         scale, shift = (
-            None if p is None else live.take(p.detach() if name in constants else p, 0)
+            None if p is None else passing.take(p.detach() if name in constants else p, 0)
             for name, p in (("weight", layer.weight), ("bias", layer.bias))
         )
         part = F.batch_norm(
-            cast(Tensor, Take.apply(input, live)),
-            None if batch or mean is None else live.take(mean, 0),
-            None if batch or var is None else live.take(var, 0),
+            part,
+            None if batch or mean is None else passing.take(mean, 0),
+            None if batch or var is None else passing.take(var, 0),
             scale,
             shift,
             batch,
             0.0,
             layer.eps,
         )
-        return cast(Tensor, Put.apply(part, full, live))
+        return Partly.make(full, part, passing, axis)
 
     return run
 
@@ -154,22 +158,6 @@ class Take(torch.autograd.Function):
         result = grad.new_zeros(ctx.like)
         ctx.channels.put(grad, result, 1)
         return result, None
-
-
-class Put(torch.autograd.Function):
-    """Values of which some channels have gradients, as one tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, full: Tensor, channels: Selection) -> Tensor:
-        """Return the values."""
-        ctx.channels = channels
-        return full.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of those channels."""
-        return ctx.channels.take(grad, 1), None, None
 
 
 def _forward(module: nn.Module, constants: list[str] | tuple[()], input: Tensor) -> Tensor:

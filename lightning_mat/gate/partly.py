@@ -150,6 +150,18 @@ class Partly(Tensor):
         merged = shape(self._merged)
         return Partly.make(full, part, selection, axis, self.look, self, merged)
 
+    def changed(self, change: Callable[[Tensor], object], part: Tensor) -> None:
+        """Change the values in place, where nobody has a view of them.
+
+        Args:
+            change: Changes the tensor that it is given.
+            part: The part as it is then.
+        """
+        with torch.no_grad():
+            change(self.full)
+        Replace.apply(self._merged, part, self.selection, self.axis, self.look)
+        self.part, self._version_made = part, self.full._version
+
     def watch(self, func: Callable[..., Any]) -> None:
         """Send all that is still to be computed through the merged tensor.
 
@@ -221,6 +233,26 @@ class Merge(torch.autograd.Function):
             ctx.selection.put(torch.zeros_like(part), others, ctx.axis)
             ctx.look.at(others)
         return part, None, None, None, None
+
+
+class Replace(torch.autograd.Function):
+    """A merged tensor whose values were changed in place: its part is another one now."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, merged: Tensor, part: Tensor, selection: Selection, axis: int, look: Look | None
+    ) -> Tensor:
+        """Return the merged tensor itself, with another history."""
+        ctx.mark_dirty(merged)
+        ctx.set_materialize_grads(False)
+        ctx.selection, ctx.axis, ctx.look = selection, axis, look
+        return merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the part's gradient, and none for what the tensor was before."""
+        return None, *Merge.backward(ctx, grad)[:1], None, None, None
 
 
 def live(x: object) -> TypeGuard[Partly]:

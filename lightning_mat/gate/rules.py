@@ -28,12 +28,15 @@ class Rest:
             constant: no gradient of it, and none through it to the layer's input.
         clear: The parameter's hook; a rule hands it every gradient that it made, through
             :meth:`deliver`, so that the hook knows that its resting slices are zero already.
+        apart: Whether what reads the output next can go on with the part of it that gradients
+            travel through. A BatchNorm of whose affine parameters all train cannot.
     """
 
     param: nn.Parameter
     blocks: tuple[Block, ...]
     passing: tuple[Block, ...]
     clear: ClearResting | None = None
+    apart: bool = True
 
     @property
     def whole(self) -> bool:

@@ -121,6 +121,19 @@ class Selection:
         runs = [(max(a, start) - start, min(b, stop) - start) for a, b in self.runs]
         return self.like([(a, b) for a, b in runs if a < b], stop - start)
 
+    def meet(self, other: Selection) -> Selection:
+        """Return what is selected in both.
+
+        Example:
+            >>> cpu = torch.device("cpu")
+            >>> Selection([(0, 3), (6, 8)], 8, cpu).meet(Selection([(1, 7)], 8, cpu)).runs
+            ((1, 3), (6, 7))
+        """
+        runs = [
+            (max(a, c), min(b, d)) for a, b in self.runs for c, d in other.runs if a < d and c < b
+        ]
+        return self.like(runs, self.size)
+
     def within(self, kept: Selection) -> Selection:
         """Return the same indices counted among those of ``kept``, which holds them all.
 

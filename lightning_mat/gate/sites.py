@@ -46,13 +46,16 @@ class Sites(NamedTuple):
         layers: Modules that read parameters of units.
         experts: Modules all of whose parameters one expert owns, with the expert's index.
         attentions: Attention modules whose heads are units.
-        statistics: BatchNorms behind convolutions.
+        statistics: BatchNorms behind convolutions, where their running statistics may be stopped.
+        scales: {name of the weight of a convolution: that of the weight of the BatchNorm behind it,
+            None for one without}.
     """
 
     layers: list[Site]
     experts: list[tuple[Site, int]]
     attentions: list[tuple[Site, AttentionSite]]
     statistics: list[tuple[Site, Statistics]]
+    scales: dict[str, str | None]
 
     def all(self) -> list[Site]:
         """Return every site, some of them twice."""
@@ -83,8 +86,10 @@ def find_sites(model: nn.Module, part: Partition, *, units: bool, batch_norms: b
     ]
     known = {site.module: site for site in layers}
     attentions = attention_sites(model, part) if units else []
-    found = statistics(model, canonical) if batch_norms else []
-    behind = [(known.get(b.module) or Site(b.path, b.module, {}), b) for b in found]
+    norms = statistics(model, canonical)
+    scales = {b.conv: canonical.get(id(b.module._parameters.get("weight"))) for b in norms}
+    norms = norms if batch_norms else []
+    behind = [(known.get(b.module) or Site(b.path, b.module, {}), b) for b in norms]
     for site, _ in behind:
         site.gated.eager = False
     experts = _experts(model, canonical, part) if units else []
@@ -100,6 +105,7 @@ def find_sites(model: nn.Module, part: Partition, *, units: bool, batch_norms: b
             for a in attentions
         ],
         behind,
+        scales,
     )
 
 

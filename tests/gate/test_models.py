@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_mat import flops
 from lightning_mat.gate import Gate
-from lightning_mat.units import partition
+from lightning_mat.units import Filters, partition
 from tests.gate.cases import SavedBytes, check
 from tests.units.architectures import (
     FFNS,
@@ -100,6 +100,13 @@ def vgg() -> nn.Module:
     return nn.Sequential(features, nn.Flatten(), nn.Linear(6 * 4 * 4, 3))
 
 
+def vgg_bn() -> nn.Module:
+    vgg = pytest.importorskip("torchvision").models.vgg
+    model = vgg.VGG(vgg.make_layers([4, "M", 8, 6, "M"], batch_norm=True), 3, dropout=0.0)
+    model.classifier[0] = nn.Linear(6 * 7 * 7, 4096)
+    return model
+
+
 def resnet() -> nn.Module:
     resnet = pytest.importorskip("torchvision").models.resnet
     torch.manual_seed(0)
@@ -109,12 +116,13 @@ def resnet() -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("build", [vgg, resnet])
-def test_filters_of_convolutional_networks_rest(build, skip):
+@pytest.mark.parametrize("build", [vgg, vgg_bn, resnet])
+def test_filters_of_convolutional_networks_rest(build, skip, affine):
     model = build().double().train()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    part = partition(model, "filters")
+    part = partition(model, Filters(affine))
     for active in decisions(len(part)):
         gate = check(model, part, active, lambda m: m(x), skip=skip, floor=FLOOR)
         assert gate.in_full == ()

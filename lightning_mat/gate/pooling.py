@@ -1,0 +1,56 @@
+"""What pooling and means over positions make of a tensor with a differentiable part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mat.gate.partly import Partly, Rule, live, named, register_partly_rule
+
+
+def _pool(spatial: int) -> Rule:
+    """Return the rule of functions that pool so many last dimensions, each channel alone."""
+
+    def rule(
+        func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        x, *rest = args or [None]
+        if not live(x) or x.axis != -spatial - 1 or kwargs.get("return_indices", False):
+            return None
+        return _both(x, lambda tensor: func(tensor, *rest, **kwargs), x.axis)
+
+    return rule
+
+
+def _reduce(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Reduce dimensions that are not that of the features."""
+    x, *rest = args or [None]
+    given = {**kwargs, **dict(zip(("dim", "keepdim"), rest, strict=False))}
+    dim = given.get("dim")
+    if not live(x) or dim is None or len(rest) > 2:
+        return None
+    total = x.full.dim()
+    dims = {d % total for d in ([dim] if isinstance(dim, int) else dim)}
+    place = total + x.axis
+    if not dims or place in dims:
+        return None
+    left = 0 if given.get("keepdim", False) else sum(d > place for d in dims)
+    return _both(x, lambda tensor: func(tensor, *rest, **kwargs), x.axis + left)
+
+
+def _both(x: Partly, apply: Callable[[Tensor], Tensor], axis: int) -> Tensor:
+    """Return what a function makes of the values, with what it makes of the part."""
+    with torch.no_grad():
+        values = apply(x.full)
+    return Partly.make(values, apply(x.taken()), x.selection, axis, x.look)
+
+
+for _spatial in (1, 2, 3):
+    _names = " ".join(f"{kind}_pool{_spatial}d" for kind in ("max", "avg", "adaptive_avg"))
+    register_partly_rule(named(_names), _pool(_spatial))
+register_partly_rule(named("mean sum"), _reduce)
