@@ -9,6 +9,7 @@ from lightning_mat.gate import (
     linear,
     norm,
     pooling,
+    reading,
     reshaping,
     transposed,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "linear",
     "norm",
     "pooling",
+    "reading",
     "register_gate_rule",
     "reshaping",
     "transposed",

@@ -49,7 +49,9 @@ class ConvPlan(Plan):
     pad: tuple[int, ...]
     pad_mode: str
     apart: bool
-    _reading: dict[tuple[Run, ...], ConvPlan] = field(default_factory=dict, compare=False)
+    _reading: dict[tuple[Run, ...], ConvPlan] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def reading(self, some: Selection) -> ConvPlan | None:
         """Return the plan for an input of which only these channels have gradients.
@@ -59,10 +61,12 @@ class ConvPlan(Plan):
         if self.groups != 1 or self.transposed or self.pad:
             return None
         if some.runs not in self._reading:
-            all_out, all_in = (s.like([(0, s.size)], s.size) for s in (self.out, self.into))
-            whole = (Passage(all_out, all_out, all_in, all_in, all_in),)
+            before = self.passages
+            if before is None:
+                rows, columns = (s.like([(0, s.size)], s.size) for s in (self.out, self.into))
+                before = (Passage(rows, rows, columns, columns, columns),)
             passages = []
-            for passage in whole if self.passages is None else self.passages:
+            for passage in before:
                 columns = passage.columns.meet(some)
                 inputs = columns.within(some)
                 if len(columns):

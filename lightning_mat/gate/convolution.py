@@ -113,16 +113,28 @@ def convolve(
     """Return a layer's output for an input of which perhaps only a part has gradients."""
     weight = cast(Tensor, constant_if_whole(layer.weight, plan.weight_rest))
     bias = constant_if_whole(layer.bias, plan.bias_rest)
-    axis = -len(plan.stride) - 1
     x, values = input, None
     if isinstance(input, Partly):
         reading = None
-        if input.apart and input.axis == axis:
+        if input.apart and input.axis == -len(plan.stride) - 1:
             reading = plan.reading(input.selection)
         if reading is None:
             x = input.merged()
         else:
             plan, x, values = reading, input.taken(), input.full
+    return apply_plan(plan, x, weight, bias, output_padding, values)
+
+
+def apply_plan(
+    plan: ConvPlan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: Sequence[int],
+    values: Tensor | None,
+) -> Tensor:
+    """Return the output, batched or not, see :meth:`PartialConv.forward`."""
+    axis = -len(plan.stride) - 1
     if len(plan.into) == 0:
         x, values = (x if values is None else values).detach(), None
     x = F.pad(x, plan.pad, plan.pad_mode) if plan.pad else x

@@ -7,6 +7,7 @@ autograd computes the gradient in full and the hook clears what rests: right, bu
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import cast
@@ -47,6 +48,8 @@ class ClearResting:
         self.name = name
         self.shape = (rows, columns)
         self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
+        # It knows nothing of this hook: a cycle would keep its memory until somebody collects it.
+        self._clear = functools.partial(_clear, shape=self.shape, resting=self.resting)
         self.buffer = GradientBuffer(self._clear, keep=keep)
         self._clean: tuple[int, int] | None = None
 
@@ -76,16 +79,17 @@ class ClearResting:
         self._clear(cleared)
         return cleared
 
-    def _clear(self, grad: Tensor) -> None:
-        """Write zeros to what rests."""
-        if grad.shape[:1] != (self.shape[0],) or not grad.is_contiguous():
-            grad.zero_()  # in another layout: what trains is written anyway
-            return
-        matrix = grad.view(self.shape)
-        for block in self.resting:
-            for a, b in block.rows:
-                for c, d in block.columns:
-                    matrix[a:b, c:d] = 0
+
+def _clear(grad: Tensor, *, shape: tuple[int, int], resting: Sequence[Block]) -> None:
+    """Write zeros to what rests, over the matrix view of this shape."""
+    if grad.shape[:1] != shape[:1] or not grad.is_contiguous():
+        grad.zero_()  # in another layout: what trains is written anyway
+        return
+    matrix = grad.view(shape)
+    for block in resting:
+        for a, b in block.rows:
+            for c, d in block.columns:
+                matrix[a:b, c:d] = 0
 
 
 class DropGradient:

@@ -227,12 +227,10 @@ class Gate:
 
     def _is_read_apart(self, name: str, flags: list[bool], passing: tuple[Block, ...]) -> bool:
         """Return whether a BatchNorm behind a convolution, if any, passes on the same channels."""
-        if name not in self._sites.scales:
-            return True
-        scale = self._sites.scales[name]
-        if scale not in self.part.owners:
-            return False
-        return rows_of(self._blocks(scale, flags)[1]) == rows_of(passing)
+        return all(
+            scale in self.part.owners and rows_of(self._blocks(scale, flags)[1]) == rows_of(passing)
+            for scale in self._sites.scales.get(name, ())
+        )
 
     def _gate(self, site: Site, rests: dict[str, Rest]) -> None:
         """Make a module's forward follow what rests of its parameters."""

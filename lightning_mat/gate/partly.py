@@ -174,7 +174,8 @@ class Partly(Tensor):
                 "a part of its gradient only: call it before the tensor is used, or use "
                 'skip="weights"'
             )
-        self.watched = True
+        for one in self._lineage() if func in _MEMORY else (self,):
+            one.watched = True
 
     @property
     def apart(self) -> bool:
@@ -192,13 +193,15 @@ class Partly(Tensor):
     ) -> Any:
         """Act on values and part where that is possible, on the merged tensor otherwise."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a graph that is handed one knows nothing of parts
+            return func(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS:
                 return func(*tree_map(_values, args), **tree_map(_values, kwargs))
-            if func == _REQUIRES_GRAD:
+            if func == _REQUIRES_GRAD and live(args[0]):
                 return True
             if func in _WATCHES or _opens(func):
-                for x in tree_leaves((args, kwargs)):
+                for x in tree_leaves(_watched(func, args, kwargs)):
                     if isinstance(x, Partly):
                         x.watch(func)
             rule = _RULES.get(func)
@@ -266,13 +269,23 @@ def ordinary(x: Any) -> Any:
 
 
 def _values(x: object) -> object:
-    return x.full if isinstance(x, Partly) else x
+    return x.full if live(x) else ordinary(x)
+
+
+def _watched(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return those of a function's arguments that it looks at, or changes."""
+    if func is torch.autograd.grad:
+        return args[1:2], kwargs.get("inputs")
+    return args, kwargs
 
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 # What looks at the gradient of a tensor.
 _WATCHES = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+
+# What gives access to the node that its gradient passes, where a hook may be put.
+_NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 # What gives access to its memory without a count of what is changed there.
 _MEMORY = {
@@ -282,10 +295,10 @@ _MEMORY = {
 
 
 def _opens(func: Callable[..., Any]) -> bool:
-    """Return whether a function changes a tensor, or lets somebody change it, behind the part."""
+    """Return whether a function changes a tensor, or lets somebody do what the part misses."""
     name = getattr(func, "__name__", "")
     changes = name == "__set__" or (name.endswith("_") and not name.endswith("__"))
-    return changes or func in _MEMORY
+    return changes or func in _MEMORY or func == _NODE
 
 
 # What a tensor is asked without touching its values.

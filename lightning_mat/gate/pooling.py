@@ -32,10 +32,11 @@ def _reduce(
     x, *rest = args or [None]
     given = {**kwargs, **dict(zip(("dim", "keepdim"), rest, strict=False))}
     dim = given.get("dim")
-    if not live(x) or dim is None or len(rest) > 2:
+    dims = [dim] if isinstance(dim, int) else dim
+    if not live(x) or not isinstance(dims, (list, tuple)) or len(rest) > 2:
         return None
     total = x.full.dim()
-    dims = {d % total for d in ([dim] if isinstance(dim, int) else dim)}
+    dims = {d % total for d in dims}
     place = total + x.axis
     if not dims or place in dims:
         return None

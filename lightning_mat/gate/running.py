@@ -69,18 +69,16 @@ class Statistics:
 
 
 def statistics(model: nn.Module, canonical: Mapping[int, str]) -> list[Statistics]:
-    """Return the BatchNorms of a model that directly follow a convolution.
+    """Return the BatchNorms of a model that directly follow one convolution, each once.
 
     Args:
         model: The model.
         canonical: {id of a parameter: its name in the partition}.
     """
-    lookup = Lookup(model)
-    modules = dict(lookup)
-    found = []
-    for conv, norm in following_norms(lookup).items():
-        weight = modules[conv]._parameters.get("weight")
-        name = canonical.get(id(weight))
+    found: dict[nn.Module, list[Statistics]] = {}
+    for conv, norm in following_norms(Lookup(model)).items():
+        name = canonical.get(id(model.get_submodule(conv)._parameters.get("weight")))
+        module = cast(_BatchNorm, model.get_submodule(norm))
         if name is not None:
-            found.append(Statistics(norm, cast(_BatchNorm, modules[norm]), name))
-    return found
+            found.setdefault(module, []).append(Statistics(norm, module, name))
+    return [same[0] for same in found.values() if len({one.conv for one in same}) == 1]

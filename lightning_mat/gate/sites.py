@@ -11,6 +11,8 @@ from lightning_mat.gate.heads import AttentionSite, attention_sites
 from lightning_mat.gate.rules import entry_for
 from lightning_mat.gate.running import Statistics, statistics
 from lightning_mat.units.core import Partition
+from lightning_mat.units.filters import following_norms
+from lightning_mat.units.lookup import Lookup
 
 
 class Site:
@@ -47,15 +49,15 @@ class Sites(NamedTuple):
         experts: Modules all of whose parameters one expert owns, with the expert's index.
         attentions: Attention modules whose heads are units.
         statistics: BatchNorms behind convolutions, where their running statistics may be stopped.
-        scales: {name of the weight of a convolution: that of the weight of the BatchNorm behind it,
-            None for one without}.
+        scales: {name of the weight of a convolution: those of the weights of the BatchNorms behind
+            it, None for one without}; empty where gradients through units are not skipped.
     """
 
     layers: list[Site]
     experts: list[tuple[Site, int]]
     attentions: list[tuple[Site, AttentionSite]]
     statistics: list[tuple[Site, Statistics]]
-    scales: dict[str, str | None]
+    scales: dict[str, set[str | None]]
 
     def all(self) -> list[Site]:
         """Return every site, some of them twice."""
@@ -86,9 +88,7 @@ def find_sites(model: nn.Module, part: Partition, *, units: bool, batch_norms: b
     ]
     known = {site.module: site for site in layers}
     attentions = attention_sites(model, part) if units else []
-    norms = statistics(model, canonical)
-    scales = {b.conv: canonical.get(id(b.module._parameters.get("weight"))) for b in norms}
-    norms = norms if batch_norms else []
+    norms = statistics(model, canonical) if batch_norms else []
     behind = [(known.get(b.module) or Site(b.path, b.module, {}), b) for b in norms]
     for site, _ in behind:
         site.gated.eager = False
@@ -105,8 +105,21 @@ def find_sites(model: nn.Module, part: Partition, *, units: bool, batch_norms: b
             for a in attentions
         ],
         behind,
-        scales,
+        _scales(model, canonical) if units else {},
     )
+
+
+def _scales(model: nn.Module, canonical: dict[int, str]) -> dict[str, set[str | None]]:
+    """Return the weights of the BatchNorms behind a convolution, by the name of its weight."""
+    found: dict[str, set[str | None]] = {}
+    for conv, norm in following_norms(Lookup(model)).items():
+        weights = (model.get_submodule(path)._parameters.get("weight") for path in (conv, norm))
+        name, scale = (canonical.get(id(weight)) for weight in weights)
+        if name is not None:
+            # One over several processes is no BatchNorm of some of its channels.
+            synced = isinstance(model.get_submodule(norm), nn.SyncBatchNorm)
+            found.setdefault(name, set()).add(None if synced else scale)
+    return found
 
 
 def _has_static_layers(module: nn.Module) -> bool:

@@ -6,10 +6,14 @@ convolution reads their channels.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_mat import flops
 from lightning_mat.gate import Gate
@@ -86,7 +90,18 @@ BETWEEN = {
     "a residual": lambda h: h + h.flip(1),
     "flat and back": lambda h: h.flatten(2).relu().unflatten(2, h.shape[2:]),
     "turned": lambda h: h.transpose(1, 2).relu().transpose(1, 2),
+    "a hook on its node": lambda h: (h.grad_fn.register_prehook(doubled), h.exp())[1],
+    "its memory through a view, changed behind autograd": lambda h: (
+        h.transpose(-1, -2).data.mul_(3),
+        F.silu(h),
+    )[1],
+    "a dimension more in place": lambda h: (h.unsqueeze_(0), h.tanh().view(h.shape[1:]))[1],
+    "a mean over a tensor's dimension": lambda h: h + h.mean(torch.tensor(2), keepdim=True),
 }
+
+
+def doubled(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (grads[0] * 2,)
 
 
 @pytest.mark.parametrize("active", SOME)
@@ -98,6 +113,33 @@ def test_anything_between_the_convolutions(between, active):
     x = torch.randn(3, 3, 7, 6, dtype=torch.float64, requires_grad=True)
     for others in ([True, False, True, False], [True] * 4):
         check(model, part, [*active, *others], lambda m: m(x), [x], skip="units").remove()
+
+
+PARTS = {
+    "max pooling": nn.MaxPool2d(2),
+    "average pooling": nn.AvgPool2d(2),
+    "adaptive pooling": nn.AdaptiveAvgPool2d(2),
+    "mean": lambda h: h.mean((2, 3)),
+    "sum": lambda h: h.sum(3, keepdim=True),
+    "batch": lambda h: h.mean(0),
+    "flat": lambda h: h.mean((2, 3), keepdim=True).flatten(1),
+    "relu6": nn.ReLU6(inplace=True),
+    "leaky": nn.LeakyReLU(0.1, inplace=True),
+    "hardswish": nn.Hardswish(inplace=True),
+    "silu": nn.SiLU(inplace=True),
+}
+
+
+@pytest.mark.parametrize("between", PARTS)
+def test_a_part_stays_a_part(between):
+    model = Convolutions(PARTS[between])
+    _, x = quarter(model)
+    hidden = model.norm(model.first(x))
+    out = model.between(hidden)
+    assert isinstance(out, Partly)
+    assert out.apart
+    assert out.part.numel() * WIDE == out.numel() * 2
+    assert not hidden.watched
 
 
 OPTIONS = {
@@ -123,9 +165,8 @@ def test_any_convolution_may_follow(option, affine):
     part = partition(model, Filters(affine=affine))
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64, requires_grad=True)
     for active in SOME:
-        check(
-            model, part, [*active, False, True, True, False], lambda m: m(x), [x], skip="units"
-        ).remove()
+        for others in ([False, True, True, False], [True] * 4):
+            check(model, part, [*active, *others], lambda m: m(x), [x], skip="units").remove()
 
 
 @pytest.mark.parametrize("freeze_bn", [False, True])
@@ -221,3 +262,97 @@ def test_operations_and_activations_are_those_of_the_channels_that_train():
     }
     statistics = saved.total - sum(expected.values())
     assert 0 <= statistics < 300, (saved.total, expected)
+
+
+def test_a_convolution_that_trains_whole_gives_no_gradient_to_resting_channels_either():
+    model = Convolutions(nn.ReLU(inplace=True))
+    part = partition(model, Filters(affine=True))
+    x = torch.randn(2, 3, 8, 8)
+    with Gate(model, part, skip="units") as gate:
+        gate.apply([unit.layer == "last" or unit.name == "first.filter.3" for unit in part.units])
+        for _ in range(2):
+            with flops.count() as counter:
+                model(x).sum().backward()
+            first, last = 2 * 2 * 64 * 27 * WIDE, 2 * 2 * 64 * 9 * WIDE * 4
+            assert counter.total == first + last + first // 8 + last + last // 8
+
+
+@pytest.mark.parametrize("skip", ["weights", "units"])
+def test_a_convolution_and_a_norm_that_several_parents_hold(skip):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+    for norms in ((norm, norm), (norm, nn.BatchNorm2d(3)), (norm, nn.BatchNorm2d(3, affine=False))):
+        model = nn.Sequential(*(nn.Sequential(conv, n, nn.ReLU(inplace=True)) for n in norms))
+        model.double()
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+        for affine in (False, True):
+            part = partition(model, Filters(affine))
+            check(model, part, [True, False, True], lambda m, x=x: m(x), [x], skip=skip).remove()
+            with Gate(model, part, skip=skip, freeze_bn=True) as gate:
+                gate.apply([True, False, True])
+                before = norm.running_mean.clone()
+                model(x)
+            assert (norm.running_mean == before).tolist() == [False, True, False]
+
+
+class Standardised(nn.Conv2d):
+    """A subclass that does something else with its weight."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def test_a_subclass_that_does_something_else_is_computed_in_full_or_refused():
+    torch.manual_seed(0)
+    model = Standardised(3, 4, 3).double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    part = partition(model, "filters")
+    gate = check(model, part, [True, False, True, False], lambda m: m(x), [x])
+    assert set(gate.in_full) == {"weight", "bias"}
+    gate.remove()
+    with pytest.raises(ValueError, match="register_gate_rule"):
+        Gate(model, part, skip="units")
+
+
+def test_a_compiled_block_that_reads_a_part_has_no_breaks():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, WIDE, 3, bias=False), nn.BatchNorm2d(WIDE), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(WIDE, 4, 3), nn.ReLU()),
+    ).double()
+    counter = CompileCounterWithBackend("aot_eager")
+    model[1].compile(backend=counter, fullgraph=True)
+    part = partition(model, Filters(affine=True))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    for active in SOME:
+        for others in ([False, True, True, False], [True, False, False, False]):
+            check(model, part, [*active, *others], lambda m: m(x), [x], skip="units").remove()
+    # One for what is no part, as the plain model's, and one for what is.
+    assert counter.frame_count <= 2
+
+
+def test_gradients_of_the_output_may_be_asked_after_it_was_used():
+    model = Convolutions(nn.ReLU())
+    _, x = quarter(model)
+    hidden = model.norm(model.first(x))
+    hidden.exp()
+    (grad,) = torch.autograd.grad(hidden, model.norm.bias, torch.ones(2, WIDE, 8, 8))
+    assert grad.tolist() == [128.0, 0, 0, 0, 128.0, 0, 0, 0]
+
+
+def test_memory_of_gradients_goes_with_the_gate():
+    model = nn.Conv2d(3, WIDE, 3)
+    part = partition(model, "filters")
+    gc.collect()
+    gc.disable()
+    try:
+        gate = Gate(model, part)
+        gate.apply([True] + [False] * (WIDE - 1))
+        model(torch.randn(2, 3, 5, 5)).sum().backward()
+        hook = next(iter(model.weight._backward_hooks.values()))
+        buffer = weakref.ref(hook.buffer)
+        del hook
+        gate.remove()
+        assert buffer() is None
+    finally:
+        gc.enable()
