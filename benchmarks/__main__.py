@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.devices import device_argument, device_name
 from benchmarks.evidence.page import home, write
 from benchmarks.suites import calibration
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _report(args)
         if args.out is not None:
             raise ValueError("--out is where `report` writes: results go to the folder --results")
+        args.device = args.device or _device(args)
         runs = _runs(args)
         if args.what == "list":
             print(calibration.listing(runs, _place(args)))
@@ -122,6 +125,20 @@ def _methods(runs: dict[str, list[Run]], scale: str) -> str:
     return "\n".join(lines)
 
 
+def _device(args: argparse.Namespace) -> str:
+    """Return the device that a scale is made for."""
+    if args.scale not in ("gpu", "paper"):
+        return "cpu"
+    if args.what == "list":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return device_argument("cuda")
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(
+            f"--scale {args.scale} is for a GPU, or say --device cpu: {error}"
+        ) from None
+
+
 def _place(args: argparse.Namespace) -> Place:
     name = device_name(args.device)
     return Place(args.device, name, args.data, args.work, args.results)
@@ -140,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=_folder, metavar="DIR", help="folder of the data sets")
     add("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N - 1 (default 3)")
     add("--time-limit", type=_duration, metavar="9m", help="stop after so long: 90s, 9m, 2h")
-    add("--device", type=device_argument, default="cpu", help="cpu or cuda")
+    usual = "default: a GPU for the scales gpu and paper, else cpu"
+    add("--device", type=device_argument, help=f"cpu or cuda ({usual})")
     add("--work", type=Path, default=Path("runs/bench"), help="folder of unfinished runs")
     add("--methods", nargs="+", default=[], metavar="METHOD", help="only these of the suite")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")

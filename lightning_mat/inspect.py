@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 def build(target: str, arguments: str) -> nn.Module:
     """Return what ``module:callable`` makes of JSON keyword arguments.
 
+    Modules of the working folder are found, as by ``python -m``.
+
     Raises:
         ValueError: If the target is not of that form, the arguments are no JSON object, or the
             result is not a module.
@@ -59,6 +61,8 @@ def build(target: str, arguments: str) -> nn.Module:
         raise ValueError(
             f"--arguments must be a JSON object of keyword arguments, got {arguments!r}"
         )
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     made = getattr(importlib.import_module(name), attribute)(**keywords)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{target} returned a {type(made).__name__}, not a torch.nn.Module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,14 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     page = Path(capsys.readouterr().out.strip())
     assert "net.0" in page.read_text()
     assert main(["report", str(tmp_path / "nothing")]) == 1
+
+
+def test_inspect_finds_modules_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nets_of_mine.py").write_text("from torch.nn import Linear\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = '{"in_features": 2, "out_features": 3}'
+    assert main(["inspect", "nets_of_mine:Linear", "--arguments", arguments]) == 0
+    assert "9" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.evidence.facts import Facts, sorted_facts
-from benchmarks.evidence.words import NONE, percent
+from benchmarks.evidence.words import NONE, percent, signed
 from benchmarks.suites.results import Line
 from benchmarks.tabular import markdown
 
@@ -23,9 +23,7 @@ Equation 4 puts the threshold a share α of the way from the smallest eigenvalue
 to the largest. Where the largest is many times the median, nearly all units lie below it, and what
 they would have learned is missing. The table says how far the largest λ_max is from the median (the
 median of the episodes and seeds), and how much of the lower, middle and upper layers trained
-(means). With `mat-auto` (`alpha="auto"`) the threshold lies in the widest gap of log λ_max; with
-`mat-budget` (`budget=0.75`) units rest until three quarters of a full step's FLOPs are left. Both
-skip as `mat-units` does, and are compared with its rivals."""
+(means). `mat-auto` and `mat-budget` skip as `mat-units` does, and are compared with its rivals."""
 
 
 def section(results: Mapping[str, Sequence[Line]]) -> str:
@@ -39,8 +37,8 @@ def section(results: Mapping[str, Sequence[Line]]) -> str:
     ]
     head = [
         *("task", "method", "units", "largest λ_max ÷ median", "lower layers trained"),
-        *("middle", "upper", "FLOPs of `full`", "test beside `full`", "beside as few steps"),
-        "beside random units",
+        *("middle", "upper", "FLOPs ÷ `full`'s", "test − `full`", "verdict", "beside `short`"),
+        *("beside `matched`", "beside random units"),
     ]
     return "\n\n".join([f"## {TITLE}", READING, markdown(head, rows)]) if rows else ""
 
@@ -52,9 +50,10 @@ def _rows(facts: Facts, method: str) -> list[list[str]]:
         return []
     suffix = "" if method == "mat" else "-units"
     flops = facts.ratio(method, "full", lambda line: line["flops"]).mean
-    run = [percent(flops), _says(facts, method, "full")]
+    run = [percent(flops), signed(facts.versus(method, "full")), _says(facts, method, "full")]
     # Only they cost the same.
     run.append(_says(facts, method, f"short{suffix}") if method in ("mat", "mat-units") else NONE)
+    run.append(_says(facts, method, "matched") if method == "mat" else NONE)
     run.append(_says(facts, method, f"random{suffix}"))
     rows = []
     for kind in dict.fromkeys(key.split("|")[1] for key in episodes[0]["trained"]):

@@ -18,6 +18,10 @@ from benchmarks.suites.stats import (
 )
 
 NO_DIFFERENCE = "no difference seen"
+#: What is said of a difference that has an interval.
+VERDICTS = ("better", "worse", NO_DIFFERENCE)
+#: A method that trained more of the units, all in all, rested too little to be compared.
+TRAINED_ALL = 0.99
 Value = Callable[[Line], float | None]
 
 
@@ -130,17 +134,24 @@ class Facts:
     def spared(self, method: str) -> str | None:
         """Return in words that a method spared nothing in any run; None where it did, or may not.
 
-        It trained all units, or ran all steps where it was to run fewer.
+        It trained all but 1% of the units, or ran all steps where it was to run fewer.
         """
         lines = list(self.lines.get(method, {}).values())
         if not lines:
             return None
         policy, plain = lines[0]["method"]["policy"], lines[0]["method"]["plain"]
-        if policy not in (None, "full") and all(line["trained_share"] == 1 for line in lines):
-            return f"`{method}` rested nothing"
+        shares = [line["trained_share"] for line in lines]
+        if policy not in (None, "full") and min(shares) >= TRAINED_ALL:
+            rested = "nothing" if min(shares) == 1 else f"below {1 - TRAINED_ALL:.0%}"
+            return f"`{method}` rested {rested}"
         if plain == "short" and all(line["steps"] == self.task["steps"] for line in lines):
             return f"`{method}` left out no step"
         return None
+
+    def side(self, method: str, base: str) -> float:
+        """Return by how much a method's mean test result is better than another's."""
+        difference = self.versus(method, base).mean
+        return difference if self.more else -difference
 
     def says(self, method: str, base: str, difference: Estimate | None = None) -> str:
         """Return what a difference of two methods says, of the test result by default.

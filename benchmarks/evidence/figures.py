@@ -21,9 +21,9 @@ SHOWN = ("full", "short", "random", "multirate", "mat", "mat-units", "lower-half
 EPISODES = ("mat", "mat-units")
 
 
-def names(results: Mapping[str, Sequence[Line]]) -> list[str]:
-    """Return the file names of the figures that some results give, in their order."""
-    return [name for name, _ in _plan(results)]
+def names(results: Mapping[str, Sequence[Line]]) -> dict[str, str]:
+    """Return {file name: what it shows} of the figures that some results give, in their order."""
+    return {name: words for name, words, _ in _plan(results)}
 
 
 def draw(results: Mapping[str, Sequence[Line]], folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def draw(results: Mapping[str, Sequence[Line]], folder: Path) -> list[Path]:
         ModuleNotFoundError: If matplotlib is not installed.
     """
     paths = []
-    for name, make in _plan(results):
+    for name, _, make in _plan(results):
         folder.mkdir(parents=True, exist_ok=True)
         figure = make()
         figure.savefig(folder / name, dpi=110, bbox_inches="tight", metadata={"Software": None})
@@ -41,19 +41,27 @@ def draw(results: Mapping[str, Sequence[Line]], folder: Path) -> list[Path]:
     return paths
 
 
-def _plan(results: Mapping[str, Sequence[Line]]) -> list[tuple[str, Any]]:
-    """Return the name of every figure and what makes it."""
-    plan: list[tuple[str, Any]] = []
+def _plan(results: Mapping[str, Sequence[Line]]) -> list[tuple[str, str, Any]]:
+    """Return the name of every figure, what it shows, and what makes it."""
+    plan: list[tuple[str, str, Any]] = []
     for suite in CURVES:
         for facts in sorted_facts(results.get(suite, ())):
             stem = f"{suite}-{facts.scale}-{slug(facts.device)}-{facts.task['name']}"
-            plan.append((f"{stem}-curves.png", lambda facts=facts: curves(facts)))
+            words = f"validation {facts.metric} over FLOPs and seconds, {facts.title}"
+            plan.append((f"{stem}-curves.png", words, lambda facts=facts: curves(facts)))
             for method in EPISODES:
                 runs = facts.lines.get(method, {})
                 line = runs[min(runs)] if runs else None
                 if line and line["episodes"]:
-                    plan.append((f"{stem}-{method}-share.png", lambda line=line: share(line)))
-                    plan.append((f"{stem}-{method}-trained.png", lambda line=line: histogram(line)))
+                    of = f"{method}, seed {line['seed']}, {facts.title}"
+                    words = f"share of each layer's units that train over the episodes, {of}"
+                    plan.append(
+                        (f"{stem}-{method}-share.png", words, lambda line=line: share(line))
+                    )
+                    words = f"share of the steps in which each unit trained, {of}"
+                    plan.append(
+                        (f"{stem}-{method}-trained.png", words, lambda line=line: histogram(line))
+                    )
     return plan
 
 
@@ -102,7 +110,7 @@ def histogram(line: Line) -> Figure:
     figure, (ax,) = _figure(1)
     shares = {int(percent): count for percent, count in line["shares_trained"].items()}
     ax.hist(list(shares), bins=range(0, 105, 5), weights=list(shares.values()))
-    ax.set_xlabel("trained in so many percent of the steps")
+    ax.set_xlabel("share of the steps in which a unit trained, %")
     ax.set_ylabel("units")
     figure.suptitle(_name(line))
     return figure

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from benchmarks.evidence import causes
+from benchmarks.evidence import causes, glossary
 from benchmarks.evidence.sentences import sentences
 from benchmarks.evidence.words import listed
 from benchmarks.suites.registry import SUITES
@@ -22,25 +22,30 @@ FIGURES, OTHER_FIGURES = "docs/figures", "figures"
 NOTHING = "No suite has been run yet: this page has no numbers."
 
 READING = """\
-The same seeds give every method the same initial weights, data order and masks. A difference is
-taken per seed; shown are its mean ± standard error over the seeds and a 95% interval (Student's t).
-Where the interval covers zero the page says "no difference seen": with so few seeds that is no
-proof that there is none. Test results are those of the weights with the best validation result.
-Seconds are of training with its probes, without validation; of a run on one thread of a CPU they
-are those that its process was given, which what else runs on the machine does not lengthen. FLOPs
-are counted from the operations that ran, probes included; "paper's rule" takes a backward pass for
-two forward passes and lets resting units cost nothing in it, by their share of all units, also with
-the probes added. `short` is plain training cut to the counted FLOPs of a method, its learning-rate
-schedule with it. At equal seconds or FLOPs, a run's learning rate may not have fallen as far as
-that of a shorter one: `short` is the fair rival. What it takes to a target is given where all seeds
-got there. Targets are of validation results; test results are there at the end alone. `bottom` and
-`matched` train as many units as `mat` did in each episode. `multirate` changes its decision in two
-of five steps, and every change makes the plans of gate and optimizer anew, which its seconds show.
-Intervals stand for themselves: where many methods are compared, some fall off zero by chance."""
+Every method of a seed starts from the same weights and sees the same data and masks in the same
+order. Text models begin after a head start that all seeds share, so that a seed there is another
+order and other masks, not other weights. A difference is taken per seed; shown are its mean ±
+standard error over the seeds and a 95% interval (Student's t). Where the interval covers zero the
+verdict is "no difference seen": with so few seeds that is no proof that there is none, and of many
+comparisons some exclude zero by chance. Test results are those of the weights with the best
+validation result; on 640 reviews, or 2,000 images, one run's accuracy is uncertain by one or two
+points by that alone.
+
+Cost is counted in FLOPs of the operations that ran, probes included. "Paper's rule" takes a
+backward pass for two forward passes and lets resting units cost nothing in it, by their share of
+all units, also with the probes added. The same FLOPs are not the same seconds: small models spend
+much of a step on what no count of products shows, and save less time than FLOPs. Seconds are of
+training with its probes, without validation; on one thread of a CPU, the CPU time of the process.
+
+`short` is the fair rival of whatever saves work per step. At equal seconds or FLOPs of two runs of
+as many steps, the learning rate of the cheaper one has fallen further, which flatters it: those
+columns have no verdict. The cost until a target is shown only if every seed reached it; targets are
+of validation results. `multirate` changes its decision in two of five steps, and every change
+rebuilds the plans of gate and optimizer, which its seconds show."""
 
 MACHINES = (
-    "Seconds on machines that do other things, too, still move from run to run, as caches and "
-    "memory are shared, by more than a tenth where much else ran; ratios of FLOPs do not."
+    "Seconds on a shared machine move from run to run, as caches and memory are shared, by a tenth "
+    "and more where much else ran: differences below that are noise. Ratios of FLOPs are exact."
 )
 
 
@@ -69,26 +74,33 @@ def _keys(suite: str, scale: str, seed: int) -> frozenset[str]:
 
 
 def text(
-    results: Mapping[str, Sequence[Line]], figures: Sequence[str] = (), folder: str = FIGURES
+    results: Mapping[str, Sequence[Line]],
+    figures: Mapping[str, str] | None = None,
+    folder: str = FIGURES,
 ) -> str:
     """Return the page; equal results give equal text.
 
     Args:
         results: The finished runs of each suite.
-        figures: Names of the figures there are, see :mod:`benchmarks.evidence.figures`.
+        figures: What the figures there are show, by name: :mod:`benchmarks.evidence.figures`.
         folder: Where they are, as the page links to them.
     """
     if not results:
         return f"# Benchmarks\n\n{NOTHING}\n"
     parts = ["# Benchmarks", *sentences(results), causes.section(results)]
+    names = [line["method"]["name"] for lines in results.values() for line in lines]
+    parts += ["## The methods", glossary.methods(names)]
     parts += ["## How to read this", READING, MACHINES]
     parts += ["## Where it was measured", machines(results)]
     for name, lines in results.items():
         suite = SUITES[name]
-        parts += [f"## {title(name, lines)}", commands(name, lines), suite.report(list(lines))]
+        scales = dict.fromkeys(line["scale"] for line in lines)
+        differs = " ".join(filter(None, (glossary.stand_in(name, scale) for scale in scales)))
+        parts += [f"## {title(name, lines)}", differs, commands(name, lines)]
+        parts.append(suite.report(list(lines)))
         parts += [
-            f"![{figure.removesuffix('.png')}]({folder}/{figure})"
-            for figure in figures
+            f"![{words}]({folder}/{figure})"
+            for figure, words in (figures or {}).items()
             if figure.startswith(f"{name}-")
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -101,9 +113,15 @@ def title(suite: str, lines: Sequence[Line]) -> str:
 
 
 def commands(suite: str, lines: Sequence[Line]) -> str:
-    """Return the commands that a suite's runs are of, one per scale."""
-    scales = dict.fromkeys(line["scale"] for line in lines)
-    return listed([f"`python -m benchmarks {suite} --scale {scale}`" for scale in scales])
+    """Return the commands that a suite's runs are of."""
+    found = {}
+    for line in lines:
+        environment = line["environment"]
+        own = environment["device"] == "cpu"
+        before = f"OMP_NUM_THREADS={environment['threads']} " if own else ""
+        command = f"{before}python -m benchmarks {suite} --scale {line['scale']}"
+        found[f"`{command} --data DIR --results FOLDER`"] = True
+    return listed(list(found))
 
 
 def machines(results: Mapping[str, Sequence[Line]]) -> str:
@@ -138,12 +156,12 @@ def write(folder: Path = RESULTS, out: Path = ROOT) -> list[Path]:
     Raises:
         ModuleNotFoundError: If there is something to draw and matplotlib is not installed.
     """
-    from benchmarks.evidence.figures import draw
+    from benchmarks.evidence.figures import draw, names
 
     results = load(folder)
     figures = FIGURES if out.resolve() == ROOT else OTHER_FIGURES
     out.mkdir(parents=True, exist_ok=True)
     drawn = draw(results, out / figures)
     page = out / PAGE
-    page.write_text(text(results, [path.name for path in drawn], figures), encoding="utf-8")
+    page.write_text(text(results, names(results), figures), encoding="utf-8")
     return [page, *drawn]

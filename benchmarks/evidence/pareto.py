@@ -41,12 +41,20 @@ def tables(lines: Sequence[Line]) -> str:
         full = facts.mean("full", facts.result)
         parts.append(f"`full`: test {facts.metric} {plain(full, 4)}, {full.n} seeds.")
         for share, methods in shares(facts).items():
-            parts.append(share_table(facts, share, methods))
+            by_weights = [m for m in methods if "-weights-" in m]
+            by_units = [m for m in methods if m not in by_weights]
+            parts.append(share_table(facts, share, by_units, f"random-{share}", f"short-{share}"))
+            if by_weights:
+                parts.append(
+                    f'At {share} with `skip="weights"`, which leaves more FLOPs and has no `short` '
+                    "of its own:"
+                )
+                parts.append(share_table(facts, share, by_weights, f"random-weights-{share}"))
     return "\n\n".join(parts)
 
 
-def share_table(facts: Facts, share: str, methods: Sequence[str]) -> str:
-    """Return what competes at one share, the best mean first."""
+def share_table(facts: Facts, share: str, methods: Sequence[str], *rivals: str) -> str:
+    """Return what competes at one share, the best mean first, beside each of its rivals."""
     rows = []
     for method in ranked(facts, methods):
         rows.append(
@@ -56,13 +64,13 @@ def share_table(facts: Facts, share: str, methods: Sequence[str]) -> str:
                 plain(facts.mean(method, facts.result), 4),
                 percent(facts.ratio(method, "full", lambda line: line["flops"]).mean),
                 percent(facts.ratio(method, "full", lambda line: line["seconds"]).mean),
-                *_cells(facts, method, f"random-{share}"),
-                *_cells(facts, method, f"short-{share}"),
+                signed(facts.versus(method, "full")),
+                *(cell for rival in rivals for cell in _cells(facts, method, rival)),
             ]
         )
     head = [
-        *(f"{share} of the units", "seeds", f"test {facts.metric}", "FLOPs", "seconds"),
-        *("− random", "95% interval", "says", "− short", "95% interval", "says"),
+        *(f"{share} of the units", "seeds", f"test {facts.metric}", "FLOPs", "seconds", "− full"),
+        *(cell for rival in rivals for cell in (f"− `{rival}`", "95% interval", "verdict")),
     ]
     return markdown(head, rows)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.evidence.facts import NO_DIFFERENCE, Facts, sorted_facts
+from benchmarks.evidence.facts import VERDICTS, Facts, sorted_facts
 from benchmarks.evidence.overhead import step_ratio
 from benchmarks.evidence.pareto import shares
-from benchmarks.evidence.words import listed, percent
+from benchmarks.evidence.words import interval, listed, percent
 from benchmarks.suites.results import Line
 
 #: Suites whose tables answer the first two sentences.
@@ -16,10 +16,18 @@ _COMPARED = ("bert", "switch", "vgg", "finetune")
 #: Who trains how much by λ_max, and the pairs of it and its rivals, in words.
 _OURS = ("mat", "mat-units")
 _RIVALS = {
-    (("mat", "short"), ("mat-units", "short-units")): "plain training cut to its FLOPs",
-    (("mat", "random"), ("mat-units", "random-units")): "half of the units, drawn at random",
+    (("mat", "short"), ("mat-units", "short-units")): "plain training cut to the same counted "
+    "FLOPs",
     (("mat", "matched"),): "as many random units of each layer",
+    (("mat", "bottom"),): "as many units with the smallest λ_max",
+    (("mat", "random"), ("mat-units", "random-units")): "half of the units, drawn at random",
+    (("mat", "lower-half"),): "the lower half of the layers frozen",
 }
+#: Rivals whose cost is not MAT's: it is said.
+_OTHER_COST = ("random", "random-units", "lower-half")
+
+#: A comparison: the facts, the method, and what it is compared with.
+Case = tuple[Facts, str, str]
 
 
 def sentences(results: Mapping[str, Sequence[Line]]) -> list[str]:
@@ -40,66 +48,98 @@ def sentences(results: Mapping[str, Sequence[Line]]) -> list[str]:
 
 def gain(compared: Sequence[Facts]) -> str:
     """Say what MAT cost and reached beside plain training."""
-    pairs = [(f, m) for f in compared for m in _OURS if f.versus(m, "full").n]
-    if not pairs:
+    cases = [(f, m, "full") for f in compared for m in _OURS if f.versus(m, "full").n]
+    if not cases:
         return "What MAT gains over plain training has not been measured yet."
     costs = {
-        cost: [f.ratio(m, "full", lambda line, cost=cost: line[cost]).mean for f, m in pairs]
+        cost: [f.ratio(m, "full", lambda line, cost=cost: line[cost]).mean for f, m, _ in cases]
         for cost in ("seconds", "flops")
     }
-    places = listed(list(dict.fromkeys(f.place for f, _ in pairs)))
+    places = listed(list(dict.fromkeys(f.place for f, *_ in cases)))
     return (
-        f"MAT with the paper's thresholds took {span(costs['seconds'])} of the seconds and "
-        f"{span(costs['flops'])} of the counted FLOPs of plain training of as many steps, and its "
-        f"test result was {tally([f.says(m, 'full') for f, m in pairs])} ({places}; with both "
-        "ways of skipping)."
+        f"Trained with the paper's α and β ({places}), MAT took {span(costs['flops'])} of the "
+        f"counted FLOPs and {span(costs['seconds'])} of the seconds of plain training of as many "
+        f"steps, and its test result was {tally(cases)}."
     )
 
 
 def rivals(compared: Sequence[Facts]) -> str:
-    """Say whether MAT beats fewer steps, and random units."""
-    parts = []
-    for base, words in _RIVALS.items():
-        verdicts = [
-            f.says(ours, rival) for f in compared for ours, rival in base if f.versus(ours, rival).n
-        ]
-        if verdicts:
-            parts.append(f"beside {words} it was {tally(verdicts)}")
+    """Say whether MAT beats what costs less to build."""
+    parts, beyond, left = [], [], 0
+    for pairs, words in _RIVALS.items():
+        cases = [(f, m, base) for f in compared for m, base in pairs if f.versus(m, base).n]
+        told = [(f.side(m, base), f.says(m, base)) for f, m, base in cases]
+        there = [(side, says) for side, says in told if says in VERDICTS]
+        left += len(told) - len(there)
+        if not there:
+            continue
+        worse = sum(side < 0 for side, _ in there)
+        cost = ""
+        if pairs[0][1] in _OTHER_COST:
+            costs = [f.ratio(base, m, lambda line: line["flops"]).mean for f, m, base in cases]
+            cost = f" ({span(costs)} of its FLOPs)"
+        parts.append(f"in {worse or 'none'} of {len(there)} with {words}{cost}")
+        for name in ("worse", "better"):
+            if count := sum(says == name for _, says in there):
+                beyond.append(f"{name} than {words} in {count}")
     if not parts:
         return "Whether MAT beats fewer steps or random units has not been measured yet."
-    return f"Its rivals cost less to build: {'; '.join(parts)}."
+    few = f"; {left} more rested too little to say, or had too few seeds" if left else ""
+    return (
+        f"Compared with what costs less to build, its test result was on average worse "
+        f"{listed(parts)}; beyond the 95% interval it was {listed(beyond) or 'neither'}{few}."
+    )
 
 
 def same_cost(found: Sequence[Facts]) -> str:
     """Say whether rankings of the units beat chance and fewer steps at the same share."""
-    parts = []
+    parts: list[str] = []
+    outcomes: dict[str, list[str]] = {"random": [], "short": []}
+    metric = ""
     for facts in found:
         for share, methods in shares(facts).items():
-            random, short = f"random-{share}", f"short-{share}"
-            ours = [m for m in methods if m.startswith("top-") and "weights" not in m]
-            flops = facts.ratio(random, "full", lambda line: line["flops"]).mean
-            won = [sum(facts.says(m, base) == "better" for m in ours) for base in (random, short)]
+            ranked = [m for m in methods if m.startswith("top-") and "-weights-" not in m]
+            ours = distinct(facts, ranked)
+            for rival, says in outcomes.items():
+                says += [facts.says(m, f"{rival}-{share}") for m in ours]
             told = [
-                f"λ_max of {words} {_told(facts, f'top-lambda_max-{output}-{share}', random)}"
-                for output, words in (("sum_logits", "the summed logits"), ("loss", "the loss"))
+                f"{_told(facts, f'top-lambda_max-{output}-{share}', share)} ({words})"
+                for output, words in (
+                    ("sum_logits", "of the summed logits"),
+                    ("loss", "the loss's"),
+                )
                 if f"top-lambda_max-{output}-{share}" in methods
             ]
+            flops = facts.ratio(f"random-{share}", "full", lambda line: line["flops"]).mean
+            metric = facts.metric
             parts.append(
-                f"with {share} of the units ({percent(flops)} of the FLOPs, {facts.place}) "
-                f"{listed(told)}; of {len(ours)} rankings {won[0] or 'none'} beat `{random}` and "
-                f"{won[1] or 'none'} beat plain training of as many FLOPs"
+                f"by {listed(told)} with {share} of the units ({percent(flops)} of the FLOPs)"
             )
     if not parts:
         return "Which ranking is best at the same cost has not been measured yet."
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]} (each by its own interval, however many were tried)."
+    places = listed(list(dict.fromkeys(f.place for f in found)))
+    random, short = (says.count("better") or "none" for says in outcomes.values())
+    return (
+        f"At the same share of units ({places}), choosing by λ_max moved the test {metric} from "
+        f"that of random units {listed(parts)}; of {len(outcomes['random'])} rankings {random} "
+        f"beat random units and {short} plain training of as many FLOPs beyond the 95% interval, "
+        "taken one by one."
+    )
 
 
-def _told(facts: Facts, method: str, base: str) -> str:
-    says = facts.says(method, base)
-    if says not in ("better", "worse", NO_DIFFERENCE):
-        return "has too few seeds to say"
-    return f"was no different from `{base}`" if says == NO_DIFFERENCE else f"was {says}"
+def distinct(facts: Facts, methods: Sequence[str]) -> list[str]:
+    """Return methods without those that gave the very same results as an earlier one."""
+    found: dict[tuple[tuple[int, float | None], ...], str] = {}
+    for method in methods:
+        found.setdefault(tuple(sorted(facts.values(method, facts.result).items())), method)
+    return list(found.values())
+
+
+def _told(facts: Facts, method: str, share: str) -> str:
+    difference = facts.versus(method, f"random-{share}")
+    if difference.n < 2:
+        return "an unknown amount, with too few seeds,"
+    return f"{difference.mean:+.3f} {interval(difference, 3)}"
 
 
 def stability(found: Sequence[Facts]) -> str:
@@ -141,8 +181,8 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
         return "What the probes cost has not been measured yet."
     most = max(means, key=lambda suite: means[suite])
     text = (
-        f"Probes and decisions took {span(list(means.values()), 1)} of a run's seconds in the mean "
-        f"of a suite, most in `{most}`"
+        f"Probes and decisions took {span(list(means.values()), 1)} of a run's seconds, on average "
+        f"per suite, most in `{most}`"
     )
     steps = [
         step_ratio(list(f.lines["interleaved"].values()), "active").mean
@@ -156,26 +196,27 @@ def overhead(results: Mapping[str, Sequence[Line]]) -> str:
     return f"{text}."
 
 
-def tally(verdicts: Sequence[str]) -> str:
-    """Return how many comparisons say what, in words.
-
-    Example:
-        >>> tally(["better", "worse", "no difference seen", "worse"])
-        'better in 1, worse in 2 of 4 comparisons; no difference was seen in 1'
-        >>> tally(["better"])
-        'better in 1, worse in none of 1 comparison'
-    """
-    compared = [v for v in verdicts if v in ("better", "worse", NO_DIFFERENCE)]
-    better, worse, even = (compared.count(v) for v in ("better", "worse", NO_DIFFERENCE))
+def tally(cases: Sequence[Case]) -> str:
+    """Return on which side some comparisons lie, and how many beyond their interval, in words."""
+    told = [(f.side(m, base), f.says(m, base)) for f, m, base in cases]
+    compared = [(side, says) for side, says in told if says in VERDICTS]
+    left = len(told) - len(compared)
+    few = f"{left} rested too little to say, or had too few seeds" if left else ""
+    if not compared:
+        return f"not compared ({few})"
+    words = []
+    for name, sign in (("worse", -1), ("better", 1)):
+        there = sum(side * sign > 0 for side, _ in compared)
+        beyond = sum(says == name for _, says in compared)
+        inside = f" ({beyond or 'none'} beyond the 95% interval)" if there else ""
+        words.append((there or "none", inside))
+    (worse, of_worse), (better, of_better) = words
+    plural = "s" if len(compared) != 1 else ""
     text = (
-        f"better in {better or 'none'}, worse in {worse or 'none'} of {len(compared)} "
-        f"comparison{'s' if len(compared) != 1 else ''}"
+        f"on average worse in {worse} of {len(compared)} comparison{plural}{of_worse}, better in "
+        f"{better}{of_better}"
     )
-    if even:
-        text += f"; no difference was seen in {even}"
-    if left := len(verdicts) - len(compared):
-        text += f"; {left} compared nothing"
-    return text
+    return f"{text}; {few}" if few else text
 
 
 def span(values: Sequence[float], digits: int = 0) -> str:

@@ -75,12 +75,18 @@ def each(values: list[float], digits: int = 3) -> str:
 def interval(value: Estimate, digits: int = 4) -> str:
     """Return the 95% interval, or a dash where there is none.
 
+    An end that is not zero has as many digits as it takes to see it.
+
     Example:
         >>> interval(Estimate(3, 0.5, 0.1, 0.1, 0.9), 1)
         '[+0.1, +0.9]'
+        >>> interval(Estimate(3, 0.5, 0.1, 0.0004, 0.9), 1)
+        '[+0.0004, +0.9000]'
     """
     if value.n < 2:
         return NONE
+    while digits < 8 and any(round(end, digits) == 0 != end for end in (value.low, value.high)):
+        digits += 1
     return f"[{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
 
 

@@ -87,12 +87,15 @@ def test_the_page_is_read_from_files_and_the_same_each_time(tmp_path):
     assert page.text(found) == page.text(json.loads(json.dumps(found)))
     paths = page.write(tmp_path, tmp_path / "out")
     assert {p.parent for p in paths[1:]} == {tmp_path / "out" / "figures"}
-    assert [p.name for p in paths[1:]] == figures.names(found)
+    assert [p.name for p in paths[1:]] == list(figures.names(found))
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths[1:])
     text = paths[0].read_text()
     assert text == page.text(found, figures.names(found), "figures")
-    assert "](figures/bert-test-cpu-tiny-curves.png)" in text
-    assert "`python -m benchmarks bert --scale test`" in text
+    assert "over FLOPs and seconds, BERT tiny](figures/bert-test-cpu-tiny-curves.png)" in text
+    command = "OMP_NUM_THREADS=2 python -m benchmarks bert --scale test --data DIR --results FOLDER"
+    assert f"`{command}`" in text
+    assert "| `mat` | MAT with the paper's α and β" in text
+    assert "| `multirate` |" not in text
     assert "## BERT, masked words of the embedded corpus (paper: table 1)" in text
     assert "| `bert` | test | Some CPU | 2 | torch 2.15, lightning 2.6 | 012345678 | 9 |" in text
 
@@ -135,18 +138,23 @@ def test_cost_until_the_full_runs_best_validation():
 
 def test_sentences_count_as_better_only_what_the_interval_calls_so():
     text = " ".join(sentences.sentences({"bert": suite(BETTER)}))
-    beside_full = "its test result was better in 1, worse in none of 1 comparison ("
-    beside_short = "cut to its FLOPs it was better in 1, worse in none of 1 comparison"
-    assert beside_full in text
-    assert beside_short in text
+    short = "plain training cut to the same counted FLOPs"
+    assert (
+        "on average worse in none of 1 comparison, better in 1 (1 beyond the 95% interval)." in text
+    )
+    assert f"in none of 1 with {short}; beyond the 95% interval it was better than {short} in 1."
     swapped = {"full": BETTER["full"], "mat": BETTER["short"], "short": BETTER["mat"]}
     text = " ".join(sentences.sentences({"bert": suite(swapped)}))
-    assert beside_full.replace("1, worse in none", "none, worse in 1") in text
-    assert beside_short.replace("1, worse in none", "none, worse in 1") in text
-    even = {"full": (5.0, 5.1, 5.2), "mat": (5.1, 5.0, 5.2), "short": (5.0, 5.2, 5.1)}
+    assert (
+        "on average worse in 1 of 1 comparison (1 beyond the 95% interval), better in none." in text
+    )
+    assert (
+        f"in 1 of 1 with {short}; beyond the 95% interval it was worse than {short} in 1." in text
+    )
+    even = {"full": (5.0, 5.1, 5.2), "mat": (5.2, 5.0, 5.2), "short": (5.0, 5.3, 5.2)}
     text = " ".join(sentences.sentences({"bert": suite(even)}))
-    nothing = "better in none, worse in none of 1 comparison; no difference was seen in 1"
-    assert text.count(nothing) == 2
+    assert "worse in 1 of 1 comparison (none beyond the 95% interval), better in none." in text
+    assert f"in none of 1 with {short}; beyond the 95% interval it was neither." in text
 
 
 def test_rankings_are_said_to_beat_what_their_intervals_say():
@@ -158,12 +166,22 @@ def test_rankings_are_said_to_beat_what_their_intervals_say():
     names = pareto.shares(found)["50%"]
     assert pareto.ranked(found, names)[0] == "top-lambda_max-loss-50%"
     text = sentences.same_cost([found])
-    assert "λ_max of the loss was better; of 1 rankings 1 beat `random-50%` and 1 beat" in text
+    assert "random units by -0.100 [-0.100, -0.100] (the loss's) with 50% of the units" in text
+    assert "of 1 rankings 1 beat random units and 1 plain training of as many FLOPs" in text
     for one in lines:
         if one["method"]["name"].startswith("top"):
             one["test_best"]["loss"] += (0.1, 0.2, -0.1)[one["seed"]]
     text = sentences.same_cost([found])
-    assert "was no different from `random-50%`; of 1 rankings none beat `random-50%` and" in text
+    assert "by -0.033 [" in text
+    assert "of 1 rankings none beat random units and none plain training of as many" in text
+    twins = [
+        {**one, "method": {**one["method"], "name": "top-x-50%"}}
+        for one in lines
+        if one["method"]["name"].startswith("top")
+    ]
+    found = facts.sorted_facts([*lines, *twins])[0]
+    assert pareto.shares(found)["50%"][-1] == "top-x-50%"
+    assert "of 1 rankings" in sentences.same_cost([found])  # the same results count once
 
 
 def test_stability_is_the_least_and_the_largest_that_was_measured():
@@ -197,8 +215,9 @@ def test_causes_say_who_rested_and_how_unequal_the_units_are():
             episode["skew"] = {"head": 4.5}
     text = causes.section({"bert": lines})
     said = "| head | 4.5 | 50% | 100% | 0% | 100% |"
-    assert f"| BERT tiny (bert) | `mat` {said} better | better | – |" in text
-    assert f"| BERT tiny (bert) | `mat-budget` {said} no difference seen | – | – |" in text
+    assert f"| BERT tiny (bert) | `mat` {said} -0.1000 ± 0.0000 | better | better | – | – |" in text
+    same = "-0.0333 ± 0.0667 | no difference seen | – | – | – |"
+    assert f"| BERT tiny (bert) | `mat-budget` {said} {same}" in text
     assert causes.section({"overhead": lines}) == ""
 
 
@@ -216,7 +235,7 @@ def test_probe_shares_and_callback_costs():
     for one in lines:
         one["scale"] = "cpu"
     text = sentences.overhead({"bert": lines})
-    assert "took 1.0% of a run's seconds in the mean of a suite, most in `bert`" in text
+    assert "took 1.0% of a run's seconds, on average per suite, most in `bert`" in text
     rounds = [
         {"plain": {"step_seconds": 1.0}, "active": {"step_seconds": ratio}}
         for ratio in (1.0, 1.1, 9.0)
@@ -236,13 +255,16 @@ def test_a_method_that_rested_nothing_is_called_so_and_not_compared():
     assert found.says("short", "full") == facts.NO_DIFFERENCE  # fewer steps, never fewer units
     assert found.says("mat", "nobody") == "no pair"
     text = " ".join(sentences.sentences({"bert": lines}))
-    assert "better in none, worse in none of 0 comparisons; 1 compared nothing" in text
-    assert "no difference was seen" not in text
+    assert "was not compared (1 rested too little to say, or had too few seeds)" in text
+    assert "has not been measured yet" in text
     assert "| `mat` rested nothing |" in comparison.tables(lines)
     for one in lines:
         one["steps"] = 6
     assert found.says("short", "full") == "`short` left out no step"
     assert found.says("mat", "short") == "`mat` rested nothing and `short` left out no step"
+    for one in ours:
+        one["trained_share"] = 0.995
+    assert found.says("mat", "full") == "`mat` rested below 1%"
     ours[0]["trained_share"] = 0.9
     assert found.says("mat", "full") == facts.NO_DIFFERENCE
 

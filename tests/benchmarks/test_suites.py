@@ -426,6 +426,11 @@ def test_overhead_measures_every_way():
         (["vgg", "--scale", "test", "--methods", "mat"], "vgg has no runs at --scale test"),
         (["bert", "--out", "x"], "--out is where `report` writes"),
         (["report"], "there is no folder of results"),
+        pytest.param(
+            ["bert", "--scale", "gpu"],
+            "--scale gpu is for a GPU, or say --device cpu: 'cuda' needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_input_is_refused(tmp_path, capsys, arguments, message):
