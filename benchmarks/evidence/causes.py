@@ -15,7 +15,7 @@ from benchmarks.tabular import markdown
 TITLE = "Which units rest, and what thresholds change"
 
 #: Methods whose decisions follow λ_max.
-METHODS = ("mat", "mat-units", "mat-auto", "mat-budget")
+METHODS = ("mat", "mat-units", "mat-auto", "mat-budget", "mat-loss")
 _SUITES = ("bert", "switch", "vgg", "finetune", "optimizers")
 
 READING = """\
@@ -23,7 +23,8 @@ Equation 4 puts the threshold a share α of the way from the smallest eigenvalue
 to the largest. Where the largest is many times the median, nearly all units lie below it, and what
 they would have learned is missing. The table says how far the largest λ_max is from the median (the
 median of the episodes and seeds), and how much of the lower, middle and upper layers trained
-(means). `mat-auto` and `mat-budget` skip as `mat-units` does, and are compared with its rivals."""
+(means). `mat-auto` and `mat-budget` skip as `mat-units` does, `mat-loss` as `mat`, and are compared
+with its rivals."""
 
 
 def section(results: Mapping[str, Sequence[Line]]) -> str:
@@ -48,11 +49,12 @@ def _rows(facts: Facts, method: str) -> list[list[str]]:
     episodes = [e for line in facts.lines.get(method, {}).values() for e in line["episodes"]]
     if not episodes:
         return []
-    suffix = "" if method == "mat" else "-units"
+    suffix = "" if method in ("mat", "mat-loss") else "-units"
     flops = facts.ratio(method, "full", lambda line: line["flops"]).mean
     run = [percent(flops), signed(facts.versus(method, "full")), _says(facts, method, "full")]
     # Only they cost the same.
-    run.append(_says(facts, method, f"short{suffix}") if method in ("mat", "mat-units") else NONE)
+    shorts = {"mat": "short", "mat-units": "short-units", "mat-loss": "short-loss"}
+    run.append(_says(facts, method, shorts[method]) if method in shorts else NONE)
     run.append(_says(facts, method, "matched") if method == "mat" else NONE)
     run.append(_says(facts, method, f"random{suffix}"))
     rows = []

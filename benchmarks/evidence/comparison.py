@@ -22,6 +22,8 @@ PAIRS = (
     ("mat-units", "random-units"),
     ("mat-auto", "mat-units"),
     ("mat-budget", "mat-units"),
+    ("mat-loss", "short-loss"),
+    ("mat-loss", "mat"),
 )
 
 

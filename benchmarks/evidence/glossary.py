@@ -24,6 +24,8 @@ METHODS = {
     "mat-auto": '`alpha="auto"`: the threshold lies in the widest gap of log λ_max; `skip="units"`',
     "mat-budget": "`budget=0.75`: units rest until three quarters of a full step's FLOPs are left; "
     '`skip="units"`',
+    "mat-loss": '`mat` by the kernel of the loss, `output="loss"`',
+    "short-loss": "plain training cut to the counted FLOPs of `mat-loss`",
     "lower-half": "the embedding and the lower half of the layers frozen",
     "top-…-n%": "n% of the units of each kind, the largest by this criterion of this output; "
     '`skip="units"`',

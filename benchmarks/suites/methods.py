@@ -120,10 +120,15 @@ def comparison(model: str) -> list[Method]:
     ``mat-units`` and ``random-units`` skip what flows through resting units too. ``bottom`` and
     ``matched`` train as many units as ``mat``; ``short`` and ``short-units`` cost what ``mat`` and
     ``mat-units`` do. ``mat-auto`` and ``mat-budget`` are other thresholds for what ``mat-units``
-    does.
+    does. Text models also have ``mat-loss``, which is ``mat`` by the kernel of the loss, and its
+    ``short-loss``.
     """
     paper = PAPER[model]
     units = {"skip": "units"}
+    by_loss = [
+        Method("mat-loss", "mat", paper, {"output": "loss"}),
+        Method("short-loss", plain="short", like="mat-loss"),
+    ]
     return [
         Method("full"),
         Method("mat", "mat", paper),
@@ -137,4 +142,5 @@ def comparison(model: str) -> list[Method]:
         Method("matched", "matched", like="mat"),
         Method("mat-auto", "mat", {**paper, "alpha": "auto"}, units),
         Method("mat-budget", "mat", {"budget": 0.75}, units),
+        *(by_loss if model in ("bert", "switch") else ()),
     ]
