@@ -18,7 +18,7 @@ def _pool(spatial: int) -> Rule:
         func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         x, *rest = args or [None]
-        if not live(x) or x.axis != -spatial - 1 or kwargs.get("return_indices", False):
+        if not live(x) or x.axis != -spatial - 1 or _gives_more(kwargs):
             return None
         return _both(x, lambda tensor: func(tensor, *rest, **kwargs), x.axis)
 
@@ -33,7 +33,7 @@ def _reduce(
     given = {**kwargs, **dict(zip(("dim", "keepdim"), rest, strict=False))}
     dim = given.get("dim")
     dims = [dim] if isinstance(dim, int) else dim
-    if not live(x) or not isinstance(dims, (list, tuple)) or len(rest) > 2:
+    if not live(x) or not isinstance(dims, (list, tuple)) or len(rest) > 2 or _gives_more(kwargs):
         return None
     total = x.full.dim()
     dims = {d % total for d in dims}
@@ -42,6 +42,11 @@ def _reduce(
         return None
     left = 0 if given.get("keepdim", False) else sum(d > place for d in dims)
     return _both(x, lambda tensor: func(tensor, *rest, **kwargs), x.axis + left)
+
+
+def _gives_more(kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function returns indices, too, or writes to somebody's tensor."""
+    return bool(kwargs.get("return_indices", False)) or kwargs.get("out") is not None
 
 
 def _both(x: Partly, apply: Callable[[Tensor], Tensor], axis: int) -> Tensor:
