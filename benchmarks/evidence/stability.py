@@ -19,16 +19,18 @@ def tables(lines: Sequence[Line]) -> str:
 
 def between_samples(found: Sequence[Facts]) -> str:
     """Return correlations between disjoint sets of samples, means over the seeds."""
-    rows, sizes = [], []
+    points = [p for f in found for run in f.lines["full"].values() for p in run["ranking"]]
+    sizes = sorted({s for p in points for by in p["samples"].values() for s in by}, key=int)
+    rows = []
     for facts in found:
         runs = list(facts.lines["full"].values())
-        first = runs[0]["ranking"][0]["samples"]
-        for output, by_size in first.items():
+        for output, by_size in runs[0]["ranking"][0]["samples"].items():
             for kind in next(iter(by_size.values())):
                 for i, point in enumerate(runs[0]["ranking"]):
-                    sizes = list(by_size)
                     cells = [
-                        _mean([r["ranking"][i]["samples"][output][s][kind] for r in runs])
+                        _mean(
+                            [r["ranking"][i]["samples"][output].get(s, {}).get(kind) for r in runs]
+                        )
                         for s in sizes
                     ]
                     rows.append([*_name(facts, kind), f"`{output}`", _step(facts, point), *cells])

@@ -13,6 +13,7 @@ from benchmarks.evidence import (
     page,
     pareto,
     sentences,
+    stability,
 )
 from benchmarks.suites import bert
 from benchmarks.suites.pareto import methods as pareto_methods
@@ -197,6 +198,21 @@ def test_stability_is_the_least_and_the_largest_that_was_measured():
     text = sentences.stability(facts.sorted_facts([one]))
     assert "0.50 to 1.00 (median 0.90) with 16 samples" in text
     assert "it is -0.20 to 0.80 (median 0.00)" in text
+
+
+def test_models_with_other_sizes_of_probes_stand_in_the_same_columns():
+    def ranked(name, by_size):
+        [one] = suite({"full": (5.0,)})
+        one["task"] = {**one["task"], "name": name}
+        kinds = {size: {"head": value} for size, value in by_size.items()}
+        point = {"step": 3, "samples": {"loss": kinds}, "outputs": {"a vs b": {"head": 0.5}}}
+        return {**one, "ranking": [point]}
+
+    lines = [ranked("one", {"6": 0.25, "16": 0.5}), ranked("other", {"16": 0.75})]
+    text = stability.tables(lines)
+    assert "| after | 6 samples | 16 samples |" in text
+    assert "| 3 of 6 steps | 0.25 | 0.50 |" in text
+    assert "| 3 of 6 steps | – | 0.75 |" in text
 
 
 def test_lines_of_earlier_settings_are_left_out(tmp_path):
