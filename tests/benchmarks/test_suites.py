@@ -327,7 +327,7 @@ def test_list_names_methods_and_suites_without_runs(tmp_path, capsys):
 def test_list_says_what_is_left(tmp_path, capsys):
     assert main(command(tmp_path, "list", "--scale", "test", "--seeds", "1")) == 0
     printed = capsys.readouterr().out
-    assert "| bert | 12 | 12 | not calibrated |" in printed
+    assert "| bert | 14 | 14 | not calibrated |" in printed
 
 
 def test_calibration_multiplies_out_what_was_measured(tmp_path, capsys):
