@@ -34,7 +34,7 @@ points by that alone.
 Cost is counted in FLOPs of the operations that ran, probes included. "Paper's rule" takes a
 backward pass for two forward passes and lets resting units cost nothing in it, by their share of
 all units, also with the probes added. The same FLOPs are not the same seconds: small models spend
-much of a step on what no count of products shows, and save less time than FLOPs. Seconds are of
+much of a step on what no count of products shows, and may save less time than FLOPs. Seconds are of
 training with its probes, without validation; on one thread of a CPU, the CPU time of the process.
 
 `short` is the fair rival of whatever saves work per step. At equal seconds or FLOPs of two runs of

@@ -23,12 +23,7 @@ def _unary(
         return _in_place(func, x, rest, kwargs)
     if any(value is True for value in rest):
         return None  # in place, said without a name
-    with torch.no_grad():
-        values = func(x.full, *rest, **kwargs)
-    if values is x.full:  # .to() and the like, where there is nothing to do
-        return x
-    part = func(x.taken(), *rest, **kwargs)
-    return Partly.make(values, part, x.selection, x.axis, x.look)
+    return x.mapped(lambda tensor: func(tensor, *rest, **kwargs))
 
 
 def _in_place(

@@ -150,6 +150,20 @@ class Partly(Tensor):
         merged = shape(self._merged)
         return Partly.make(full, part, selection, axis, self.look, self, merged)
 
+    def mapped(self, function: Callable[[Tensor], Tensor], axis: int | None = None) -> Tensor:
+        """Return what a function that acts on every feature alone makes of values and part.
+
+        Args:
+            function: The function.
+            axis: Dimension of the features in its result; by default the same.
+        """
+        with torch.no_grad():
+            values = function(self.full)
+        if values is self.full:  # .to() and the like, where there is nothing to do
+            return self
+        part = function(self.taken())
+        return Partly.make(values, part, self.selection, axis or self.axis, self.look)
+
     def changed(self, change: Callable[[Tensor], object], part: Tensor) -> None:
         """Change the values in place, where nobody has a view of them.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_mat.gate.partly import Partly, Rule, live, named, register_partly_rule
+from lightning_mat.gate.partly import Rule, live, named, register_partly_rule
 
 
 def _pool(spatial: int) -> Rule:
@@ -20,7 +19,7 @@ def _pool(spatial: int) -> Rule:
         x, *rest = args or [None]
         if not live(x) or x.axis != -spatial - 1 or _gives_more(kwargs):
             return None
-        return _both(x, lambda tensor: func(tensor, *rest, **kwargs), x.axis)
+        return x.mapped(lambda tensor: func(tensor, *rest, **kwargs))
 
     return rule
 
@@ -41,19 +40,12 @@ def _reduce(
     if not dims or place in dims:
         return None
     left = 0 if given.get("keepdim", False) else sum(d > place for d in dims)
-    return _both(x, lambda tensor: func(tensor, *rest, **kwargs), x.axis + left)
+    return x.mapped(lambda tensor: func(tensor, *rest, **kwargs), x.axis + left)
 
 
 def _gives_more(kwargs: Mapping[str, Any]) -> bool:
     """Return whether a function returns indices, too, or writes to somebody's tensor."""
     return bool(kwargs.get("return_indices", False)) or kwargs.get("out") is not None
-
-
-def _both(x: Partly, apply: Callable[[Tensor], Tensor], axis: int) -> Tensor:
-    """Return what a function makes of the values, with what it makes of the part."""
-    with torch.no_grad():
-        values = apply(x.full)
-    return Partly.make(values, apply(x.taken()), x.selection, axis, x.look)
 
 
 for _spatial in (1, 2, 3):

@@ -9,6 +9,7 @@ from benchmarks.evidence import (
     comparison,
     facts,
     figures,
+    glossary,
     overhead,
     page,
     pareto,
@@ -17,7 +18,9 @@ from benchmarks.evidence import (
 )
 from benchmarks.suites import bert
 from benchmarks.suites.pareto import methods as pareto_methods
+from benchmarks.suites.registry import SUITES
 from benchmarks.suites.results import Results
+from benchmarks.suites.scales import SCALES
 from benchmarks.suites.spec import Method, paired
 
 ENVIRONMENT = {
@@ -322,3 +325,15 @@ def test_differences_do_not_depend_on_the_order_of_lines():
         for some in (lines, lines[::-1])
     )
     assert forward == pytest.approx(backward, nan_ok=True)
+
+
+def test_every_method_is_explained():
+    names = {
+        run.method.name
+        for suite in SUITES.values()
+        for scale in SCALES
+        for run in suite.runs(scale, [0])
+        if run.method.name != "interleaved"  # the three ways of `overhead` are in its own table
+    }
+    for name in names:
+        assert glossary.methods([name]).count("\n") == 2, name
