@@ -22,8 +22,9 @@ from lightning_mat.ledger import Ledger
 from lightning_mat.mapping import check_partition_change
 from lightning_mat.metrics import episode_metrics, run_summary
 from lightning_mat.mntk.alignment import check_alignment
-from lightning_mat.mntk.outputs import Forward, Output, check_output
+from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
 from lightning_mat.mntk.probe import check_settings
+from lightning_mat.mntk.samples import Extent
 from lightning_mat.optim.waking import WAKING
 from lightning_mat.parallel.batches import same_batch
 from lightning_mat.parallel.ranks import together
@@ -35,8 +36,16 @@ from lightning_mat.policies.check import check_policy, check_thresholds
 from lightning_mat.presets import paper_settings
 from lightning_mat.report.keeper import Keeper
 from lightning_mat.report.store import Probe
-from lightning_mat.run import check_run, log_metrics, ranks_of, run_folder, samples_of
-from lightning_mat.sampling import check_loader, draw
+from lightning_mat.run import (
+    check_run,
+    in_default_dtype,
+    log_metrics,
+    on_device,
+    ranks_of,
+    run_folder,
+    samples_of,
+)
+from lightning_mat.sampling import check_loader, draw, seed_of
 from lightning_mat.schedule import Schedule, steps_per_episode
 
 log = logging.getLogger(__name__)
@@ -200,6 +209,7 @@ class MATCallback(Callback):
         self._keeper = Keeper(None)
         self._ready: Ready | None = None
         self._order: list[str] = []
+        self._stage = ""
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
         own = getattr(self.policy, "every_n_steps", None)
@@ -235,6 +245,7 @@ class MATCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that this run can be trained with MAT, and begin anew."""
+        self._stage = stage
         if stage != "fit":
             return
         self._ledger, self._restored = Ledger(remember=self._steps_alone), None
@@ -255,7 +266,7 @@ class MATCallback(Callback):
             dry_run=self.dry_run,
             seed=self.seed,
             ranks=ranks_of(trainer),
-            **self._engine_options,
+            **self._options(trainer),
         )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             self._ready = Ready(trainer.strategy.model, self.mat, self._order)
@@ -310,6 +321,7 @@ class MATCallback(Callback):
                 "no unit trains in this episode, and the loss depends on nothing else that does: "
                 "keep a unit of each layer training (protect=True), or let the policy choose more"
             )
+        self._ledger.backward()
         if self._ready is not None:
             self._ready.before_backward(loss)
 
@@ -337,6 +349,7 @@ class MATCallback(Callback):
         if self._ledger.end(samples, mat.active):
             per_sample = self._ledger.flops_per_sample
             if share == 1 or mat.full_cost == 0:
+                mat.full_extent = Extent.of(batch)
                 mat.full_cost = per_sample + float(mat.table().cost[~mat.active].sum())
             counted = {
                 "step_flops": per_sample * samples,
@@ -389,7 +402,12 @@ class MATCallback(Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved run's state until its training starts."""
+        """Keep a saved run's state until its training starts.
+
+        A checkpoint that is only tested or validated after a fit changes nothing of the fit's.
+        """
+        if self.mat is not None and self._stage not in ("", "fit"):
+            return
         self._loaded = state_dict
         if not state_dict:
             return
@@ -474,16 +492,21 @@ class MATCallback(Callback):
         """Return a batch from the training set, on the device, as a training step would get it."""
         mat = self._mat()
         data = trainer.train_dataloader if self.probe_data is None else self.probe_data
+        number = mat.probes + mat.skipped  # samples that cannot be read are not drawn again
         with together(mat.ranks, "drawing samples"):
-            loader = check_loader(data, self.n_samples)
-            # Samples that cannot be read are not drawn again.
-            batch = draw(loader, self.n_samples, self.seed, mat.probes + mat.skipped)
+            batch = draw(check_loader(data, self.n_samples), self.n_samples, self.seed, number)
         if mat.ranks is not None:
             batch = same_batch(batch, mat.ranks)
         with together(mat.ranks, "bringing samples to the device"):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = trainer.lightning_module._on_before_batch_transfer(batch)
-            return trainer.strategy.batch_to_device(batch)
+            return on_device(trainer, batch, seed_of(self.seed, number))
+
+    def _options(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return the engine's settings, for what a training step of this run computes in."""
+        options = dict(self._engine_options)
+        options["forward"] = in_default_dtype(trainer, options["forward"] or default_forward)
+        if callable(options["output"]):
+            options["output"] = in_default_dtype(trainer, options["output"])
+        return options
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._ledger.close()

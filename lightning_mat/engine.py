@@ -31,6 +31,7 @@ from lightning_mat.mapping import (
 from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.outputs import Forward, Output
 from lightning_mat.mntk.probe import Probe
+from lightning_mat.mntk.samples import Extent
 from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.optim import MATOptimizer
 from lightning_mat.parallel.probing import SharedProbe
@@ -88,6 +89,8 @@ class MAT:
         full_cost: FLOPs per sample of a step in which everything trains, for policies with a
             budget: set it to what :func:`lightning_mat.flops.count` counts in one such step, over
             its samples.
+        full_extent: How large the samples of that step were, padding and all: units' costs, which
+            are a probe's, are taken for samples as large. Without it, as large as the probe's.
 
     Example:
         >>> import torch
@@ -166,6 +169,7 @@ class MAT:
         self._applied: Decision | None = None
         self._slices = marks_of(self.part)
         self.full_cost = 0.0
+        self.full_extent = self._probe_extent = Extent(0.0, ())
         self._cost = torch.zeros(len(self.part), dtype=torch.float64)
         self.episode = 0
         self.probes = 0
@@ -203,7 +207,7 @@ class MAT:
         if self.policy.needs_spectra:
             try:
                 self.spectra = self.measure(batch)
-                self._cost = self.spectra.cost
+                self._cost, self._probe_extent = self.spectra.cost, Extent.of(batch)
             except ProbeMemoryError as error:
                 self.skip(error, step=step)
                 return self.decision
@@ -285,7 +289,8 @@ class MAT:
 
     def table(self) -> UnitTable:
         """Return what a policy may know of the units."""
-        part, cost = self.part, self._cost * self.gate.products
+        part = self.part
+        cost = self._cost * self.gate.products * self.full_extent.over(self._probe_extent)
         return UnitTable(part.names, part.kinds, part.layers, cost, full_cost=self.full_cost)
 
     def apply(self) -> None:
@@ -313,6 +318,7 @@ class MAT:
             "decision": self.decision.state_dict(),
             "full_cost": self.full_cost,
             "cost": self._cost,
+            "extents": [[e.elements, *e.form] for e in (self.full_extent, self._probe_extent)],
             "episode": self.episode,
             "probes": self.probes,
             "skipped": self.skipped,
@@ -359,6 +365,8 @@ class MAT:
         self.full_cost = float(state["full_cost"])
         known = None if others else state.get("cost")
         self._cost = torch.zeros_like(self._cost) if known is None else known
+        extents = [Extent(e[0], tuple(e[1:])) for e in state.get("extents", ())]
+        self.full_extent, self._probe_extent = extents or [Extent(0.0, ())] * 2
         self.episode = int(state["episode"])
         self.probes = int(state["probes"])
         self.skipped = int(state.get("skipped", 0))

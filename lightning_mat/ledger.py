@@ -22,7 +22,8 @@ class Ledger:
     """Adds up FLOPs, seconds and the share of units trained, batch by batch.
 
     Counting operations slows a batch down, and a batch of the same episode costs the same per
-    sample: only the first batch after :meth:`switch` is counted.
+    sample: only the first batch after :meth:`switch` is counted, with a backward pass. One without,
+    whose training step returned None, is counted for itself.
 
     Args:
         remember: Whether a decision that was counted once is not counted again, for policies that
@@ -41,6 +42,7 @@ class Ledger:
         self._counting = ExitStack()
         self._counter: flops.FlopCount | None = None
         self._start = 0.0
+        self._backward = False
 
     def switch(self, active: Tensor) -> None:
         """Count the next batch, in which other units train, unless its cost is remembered."""
@@ -53,7 +55,12 @@ class Ledger:
         """Note the beginning of a batch."""
         if self._due:
             self._counter = self._counting.enter_context(flops.count())
+        self._backward = False
         self._start = time.perf_counter()
+
+    def backward(self) -> None:
+        """Note that the batch has a backward pass."""
+        self._backward = True
 
     def end(self, samples: int, active: Tensor) -> bool:
         """Note the end of a batch.
@@ -63,21 +70,25 @@ class Ledger:
             active: Which units trained, bool, shape ``[L]``.
 
         Returns:
-            Whether this batch was counted.
+            Whether this batch was counted, and the others of its episode cost the same.
         """
         seconds = time.perf_counter() - self._start
         counter, self._counter = self._counter, None
+        counted = counter is not None and self._backward
+        spent = self.flops_per_sample * samples
         if counter is not None:
             self._counting.close()
-            self.flops_per_sample = counter.total / samples
+            spent = float(counter.total)
+        if counted:
+            self.flops_per_sample = spent / samples
             self._due = False
             if self._remember:
                 self._known[_key(active)] = self.flops_per_sample
         share = float(active.double().mean())
-        batch = (self.flops_per_sample * samples, seconds, share, 1.0)
+        batch = (spent, seconds, share, 1.0)
         for name, value in zip(_SUMS, batch, strict=True):
             self._sums[name] += value
-        return counter is not None
+        return counted
 
     def close(self) -> None:
         """Stop counting, also in the middle of a batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -11,11 +11,16 @@ from weakref import WeakSet
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_mat.mntk.samples import count_samples
+from lightning_mat.mntk.quiet import kept_random_streams
+from lightning_mat.mntk.samples import shapes_of
 from lightning_mat.parallel.ranks import Ranks
 from lightning_mat.parallel.refusals import check_strategy
+
+Function = Callable[[Any, Any], Any]
 
 _failed: WeakSet[Logger] = WeakSet()
 """Loggers of which a warning has said that they cannot write."""
@@ -51,9 +56,9 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
     It is the first logger's folder: its ``log_dir``, or, like Lightning's checkpoints, ``name`` and
     ``version`` below its ``save_dir`` where it has no folder of its own (Weights & Biases). Without
-    a logger, runs would pile up in one folder that nobody asked for.
+    a logger, runs would pile up in one folder that nobody asked for; ``fast_dev_run`` leaves none.
     """
-    if not trainer.loggers:
+    if not trainer.loggers or isinstance(trainer.loggers[0], DummyLogger):
         return None
     folder, logger = Path(trainer.log_dir or trainer.default_root_dir), trainer.loggers[0]
     if isinstance(logger, (TensorBoardLogger, CSVLogger)):
@@ -63,11 +68,47 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 
 def samples_of(batch: Any) -> int:
-    """Return the samples of a training batch, 1 where they cannot be told."""
-    try:
-        return max(count_samples(batch), 1)
-    except ValueError:
-        return 1
+    """Return the samples of a training batch: the most that one of its tensors has, at least 1."""
+    return max([1, *(shape[0] for shape in shapes_of(batch))])
+
+
+def on_device(trainer: pl.Trainer, batch: Any, seed: int) -> Any:
+    """Return a batch on the device, as a training step would get it.
+
+    The hooks of the module and its data may augment it at random: the random number streams, on the
+    device too, are seeded before them and as before afterwards.
+
+    Args:
+        trainer: The run's.
+        batch: The batch.
+        seed: Of what is random in it.
+    """
+    device = trainer.strategy.root_device
+    with kept_random_streams([device] if device.type == "cuda" else [], seed):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch)
+        return trainer.strategy.batch_to_device(batch)
+
+
+def in_default_dtype(trainer: pl.Trainer, function: Function | None) -> Function | None:
+    """Return a function that runs as a training step does with ``precision="64-true"`` and alike.
+
+    There Lightning sets the type of tensors that a model makes without saying one. Autocast is the
+    probe's own matter, and every other precision leaves the function as it is.
+
+    Args:
+        trainer: The run's.
+        function: ``(module, batch) -> tensor``, or None.
+    """
+    plugin = trainer.precision_plugin
+    if function is None or not isinstance(plugin, (DoublePrecision, HalfPrecision)):
+        return function
+
+    def run(module: Any, batch: Any) -> Any:
+        with plugin.forward_context():
+            return function(module, batch)
+
+    return run
 
 
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:

@@ -50,12 +50,23 @@ def check_loader(loader: object, n_samples: int) -> DataLoader[Any]:
 
 def _indices(loader: DataLoader[Any]) -> Sequence[int]:
     """Return the samples that training may see: a sampler's subset, else all."""
-    sampler: Any = loader.sampler
+    # A loader that is given its batches has another sampler, which nobody asks.
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     # Lightning deals a sampler out to several processes through a data set of its indices.
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return sampler.indices
     return range(len(loader.dataset))  # type: ignore[arg-type]
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of what is random in one probe's samples.
+
+    Args:
+        seed: Of the run.
+        number: Of the probe, from 0.
+    """
+    return seed * 1_000_003 + number
 
 
 def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any:
@@ -71,12 +82,13 @@ def draw(loader: DataLoader[Any], n_samples: int, seed: int, number: int) -> Any
         seed: Of the run.
         number: Of the probe, from 0.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    seed = seed_of(seed, number)
+    generator = torch.Generator().manual_seed(seed)
     dataset: Any = loader.dataset
     available = _indices(loader)
     order = torch.randperm(len(available), generator=generator)[:n_samples].tolist()
     index = [available[i] for i in order]
-    with kept_random_streams(seed=seed * 1_000_003 + number):
+    with kept_random_streams(seed=seed):
         fetch = getattr(dataset, "__getitems__", None)
         samples = fetch(index) if fetch is not None else [dataset[i] for i in index]
         return loader.collate_fn(samples)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+)
 
 from lightning_mat.mntk.samples import count_samples, take_samples, to_device
 from lightning_mat.sampling import check_loader, draw
@@ -76,6 +82,9 @@ def test_a_subset_sampler_is_respected() -> None:
     assert sorted(drawn[:, 0].tolist()) == [3, 5, 7, 9]
     with pytest.raises(ValueError, match="n_samples is 5, but the training dataset has 4"):
         check_loader(loader, 5)
+    batches = BatchSampler(SubsetRandomSampler([3, 5, 7, 9]), 2, drop_last=False)
+    drawn = draw(DataLoader(Augmented(), batch_sampler=batches), 4, seed=0, number=0)
+    assert sorted(drawn[:, 0].tolist()) == [3, 5, 7, 9]
 
 
 def test_streams_and_datasets_of_batches_are_refused() -> None:

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_mat.gate import compiled, linear
 from lightning_mat.gate.heads import attention_weights
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
 from lightning_mat.units.regions import Block
 
@@ -79,6 +79,8 @@ class Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradient of the packed parameter, whose parts are zero where they rest."""
         rest: Rest = ctx.rest
+        if all(grad is None for grad in grads):  # what came after passed none on
+            return None, None, None
         result = rest.zeros(next(g.dtype for g in grads if g is not None))
         for target, grad in zip(result.split(ctx.sizes), grads, strict=True):
             if grad is None:
@@ -316,7 +318,7 @@ def _gradients(plan: linear.LinearPlan) -> compiled.Gradients:
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
     path, _, own = name.rpartition(".")
-    return module.get_submodule(path)._parameters[own]
+    return (module.get_submodule(path) if path else module)._parameters[own]
 
 
 def _rows(tensor: Tensor | None, rows: tuple[int, int] | None) -> Tensor | None:
@@ -331,6 +333,8 @@ def attention_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | No
     layer = cast(nn.MultiheadAttention, module)
     if layer.bias_k is not None or layer.bias_v is not None or layer.add_zero_attn:
         return None
+    if "weight" not in layer.out_proj._parameters or "in_proj_weight" not in layer._parameters:
+        return None  # computed from other parameters
     attention = _attention_of(layer)
     attention.let(layer, rests)
 

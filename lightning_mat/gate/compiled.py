@@ -13,9 +13,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_mat.gate.buffer import fresh_buffers
+from lightning_mat.gate.once import once_differentiable
 
 Needs = tuple[bool, bool, bool]
 
@@ -49,6 +49,7 @@ class Place:
         self._gradients: Gradients | None = None
         # A tensor on the host: a number would be a constant of the graph, one for each layer.
         self.number = torch.tensor(Place._count)
+        self.ran = False
         _places[Place._count] = self
         Place._count += 1
 
@@ -138,6 +139,7 @@ def gated_backward(
             "the gate of this compiled model was deleted between its forward and its backward "
             "pass: keep the Gate until the backward pass is done"
         )
+    place.ran = True
     with fresh_buffers():
         found = place.gradients(grad, x, weight, bias, wanted)
     out = []

@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_mat.gate.autocast import autocast_dtype, lowered
 from lightning_mat.gate.channels import Convolution, ConvPlan
 from lightning_mat.gate.compiled import Needs
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.partly import Partly
 from lightning_mat.gate.plan import constant_if_whole
 from lightning_mat.gate.selection import Taken, place

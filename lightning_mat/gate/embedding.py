@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_mat.gate.compiled import Gradients, Needs
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.plan import covers, training_blocks
 from lightning_mat.gate.rules import Forward, Rest, Static, register_gate_rule
 from lightning_mat.gate.selection import Selection, place

@@ -15,10 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mat.gate.grouped import Experts, GroupedProduct
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
 from lightning_mat.units.unit import matrix_shape
 
@@ -193,6 +193,8 @@ class Slices(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradient of all experts: zero for those at rest."""
         experts: Experts = ctx.experts
+        if all(grad is None for grad in grads):  # what came after passed none on
+            return None, None
         result = experts.rest.zeros(next(g.dtype for g in grads if g is not None))
         for number, grad in zip(experts.train.numbers, grads, strict=True):
             if grad is None:  # no token was routed to it

@@ -3,6 +3,8 @@
 A rule computes only what trains, and then these hooks find nothing to do. Where no rule knows the
 layer, or where a model uses a parameter outside of its module (``F.linear(x, self.fc.weight)``),
 autograd computes the gradient in full and the hook clears what rests: right, but nothing is saved.
+With ``skip="units"`` the second would be wrong, because gradients also travel through what rests on
+to what lies below: where none of the layers that read the parameter has run, the hooks refuse it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,24 @@ def note_once(key: str, message: str) -> None:
         _log.info(message)
 
 
+class Reader(Protocol):
+    """A layer that reads a parameter."""
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it has run since the decision."""
+
+
+def _check_read(name: str, readers: Sequence[Reader]) -> None:
+    """Raise where a gradient came of no layer that cuts what travels through what rests."""
+    if readers and not any(reader.has_run for reader in readers):
+        raise RuntimeError(
+            f"parameter {name!r} is used outside of its module's forward (as in F.linear(x, "
+            'layer.weight)), where skip="units" cannot cut the gradients through units at rest: '
+            'call the layer itself, use skip="weights", or leave the parameter out of the units'
+        )
+
+
 class ClearResting:
     """Hook on a parameter of which a part rests: zeros there, in whatever gradient arrives.
 
@@ -38,14 +58,23 @@ class ClearResting:
         blocks: What trains.
         rows: Rows of the parameter's matrix view.
         columns: Columns of it.
+        readers: The layers one of which has to have run; none for no such demand.
         keep: Whether to keep the memory of its gradient between steps.
     """
 
     def __init__(
-        self, name: str, blocks: Sequence[Block], rows: int, columns: int, *, keep: bool = True
+        self,
+        name: str,
+        blocks: Sequence[Block],
+        rows: int,
+        columns: int,
+        readers: Sequence[Reader] = (),
+        *,
+        keep: bool = True,
     ) -> None:
         """Find out what rests."""
         self.name = name
+        self.readers = readers
         self.shape = (rows, columns)
         self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
         # It knows nothing of this hook: a cycle would keep its memory until somebody collects it.
@@ -75,6 +104,7 @@ class ClearResting:
         clean, self._clean = self._clean, None
         if clean == (grad.data_ptr(), grad._version):
             return None
+        _check_read(self.name, self.readers)
         cleared = grad.clone(memory_format=torch.contiguous_format)
         self._clear(cleared)
         return cleared
@@ -96,18 +126,21 @@ class DropGradient:
     """Hook on a parameter that rests whole: no gradient, so that no optimizer moves it.
 
     Args:
-        name: The parameter's name, for the log.
+        name: The parameter's name, for messages.
+        readers: As those of :class:`ClearResting`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, readers: Sequence[Reader] = ()) -> None:
         """Remember the name."""
         self.name = name
+        self.readers = readers
 
     def __call__(self, param: Tensor) -> None:
         """Drop the gradient that was just accumulated, if any: autograd may come without one."""
         if param.grad is None:
             return
         param.grad = None
+        _check_read(self.name, self.readers)
         note_once(
             f"used outside: {self.name}",
             f"parameter {self.name!r} rests, but a gradient arrived and was dropped: zeros in a "

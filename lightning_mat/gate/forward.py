@@ -29,7 +29,7 @@ def _stand_in(forward: Forward) -> Forward:
         return gated(*args, **kwargs)
 
     functools.update_wrapper(stand_in, forward, updated=())
-    stand_in.is_gate = True  # type: ignore[attr-defined]
+    stand_in.is_gate = stand_in  # type: ignore[attr-defined]
     return stand_in
 
 
@@ -49,8 +49,6 @@ class GatedForward:
         eager: Stand aside in compiled models, where the modules inside do the same.
     """
 
-    is_gate = True
-
     def __init__(
         self,
         module: nn.Module,
@@ -68,10 +66,35 @@ class GatedForward:
         self.place = None if plain is None else Place(functools.partial(plain, module))
         self.eager = eager
         self.on = False
+        self.ran = False
         self.run: Forward | None = None
         self.before: Forward | None = None
         self.plain: Forward = MethodType(type(module).forward, module)
         self.installed: Forward = self
+        # A wrapper that somebody put around this, and that stayed when this was uninstalled.
+        self._around: Forward | None = None
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether somebody's wrapper is on the module that runs this."""
+        now = self.module.__dict__.get("forward")
+        return now is not None and now is self._around
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the module has run, with gradients, since this was installed."""
+        return self.ran or (self.place is not None and self.place.ran)
+
+    def watch_inside(self) -> None:
+        """Look at all parameters of the module, not at those that units own alone."""
+        known = {(id(params), name) for params, name, _ in self.watched}
+        self.watched += tuple(
+            (module._parameters, name, param)
+            for module in self.module.modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+            for name, param in module._parameters.items()
+            if (id(module._parameters), name) not in known
+        )
 
     def exchange(self, params: Mapping[Tensor, nn.Parameter]) -> None:
         """Expect other parameters in the place of some that the module held at construction."""
@@ -86,6 +109,12 @@ class GatedForward:
         Raises:
             RuntimeError: If another gate is on the module.
         """
+        self.ran = False
+        if self.place is not None:
+            self.place.ran = False
+        if self.is_wrapped:
+            self.run, self.on = run, True
+            return
         self.before = self.module.__dict__.get("forward")
         other = getattr(self.before, "__self__", self.before)
         if isinstance(other, GatedForward):
@@ -104,8 +133,11 @@ class GatedForward:
     def uninstall(self) -> None:
         """Give the module back the forward it had; inert if another wrapper holds on to this."""
         self.run, self.on = None, False
-        if self.module.__dict__.get("forward") is not self.installed:
+        now = self.module.__dict__.get("forward")
+        if now is not self.installed:
+            self._around = now
             return
+        self._around = None
         if self.before is None:
             del self.module.__dict__["forward"]
         else:
@@ -126,7 +158,9 @@ class GatedForward:
                 return self._compiled(*args, **kwargs)
             if self.eager and self.place is None:
                 return self.plain(*args, **kwargs)
-        if self.run is None:
+        else:
+            self.ran = True
+        if self.run is None or torch.autograd.forward_ad._current_level >= 0:
             return self.plain(*args, **kwargs)
         _refuse_reentrant(self.module)
         return self.run(*args, **kwargs)
@@ -149,6 +183,9 @@ class GatedForward:
         return _same, (self.module if self.before is None else self.before,)
 
 
+GatedForward.is_gate = GatedForward  # type: ignore[attr-defined]
+
+
 def _same(thing: Any) -> Any:
     return thing
 
@@ -156,7 +193,7 @@ def _same(thing: Any) -> Any:
 def _holder(module: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
     """Return the ``_parameters`` that hold a parameter with a dotted name, and its own name."""
     path, _, own = name.rpartition(".")
-    return module.get_submodule(path)._parameters, own
+    return (module.get_submodule(path) if path else module)._parameters, own
 
 
 def detaching(gated: GatedForward, rests: Mapping[str, Rest]) -> Forward:

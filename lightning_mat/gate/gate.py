@@ -15,7 +15,7 @@ from lightning_mat.gate.fallback import ClearResting, DropGradient, forget, note
 from lightning_mat.gate.forward import constant, detaching
 from lightning_mat.gate.heads import splitting
 from lightning_mat.gate.plan import rows_of
-from lightning_mat.gate.rules import Forward, Rest, entry_for
+from lightning_mat.gate.rules import Forward, Rest
 from lightning_mat.gate.sites import Site, find_sites
 from lightning_mat.shards import leaves_of, sharded_modules
 from lightning_mat.units.core import Partition
@@ -107,6 +107,10 @@ class Gate:
         self._sharded = {name: param for name, param in held.items() if param in leaves}
         for site in self._sites.all():
             site.gated.exchange(leaves)
+        if not leaves:  # layers inside that are sharded on their own have others until they run
+            for site, _ in (*self._sites.experts, *self._sites.attentions):
+                site.gated.watch_inside()
+        self._readers = self._sites.readers() if skip == "units" else {}
         self._hooks: list[tuple[nn.Parameter, RemovableHandle]] = []
         self._in_full: set[str] = set()
         if self._sharded and skip == "units":
@@ -139,7 +143,7 @@ class Gate:
             rest = Rest(self._params[name], blocks, passing)
             if not rest.passes:
                 own[local] = rest
-        entry = entry_for(site.module)
+        entry = site.entry
         if (entry.rule is None or entry.rule(site.module, own) is None) and own:
             self._check_passes(site, own)
         _forget(site)
@@ -213,9 +217,12 @@ class Gate:
         blocks, passing = self._blocks(name, flags)
         if sum(block.numel for block in blocks) == rows * columns:
             return None
-        hook: ClearResting | DropGradient = DropGradient(name)
+        passes = sum(block.numel for block in passing) == rows * columns
+        readers = () if passes else self._readers.get(name, ())
+        hook: ClearResting | DropGradient = DropGradient(name, readers)
         if blocks:
-            hook = ClearResting(name, blocks, rows, columns, keep=name not in self._sharded)
+            keep = name not in self._sharded
+            hook = ClearResting(name, blocks, rows, columns, readers, keep=keep)
         else:
             param.grad = None
             if name in self._sharded:
@@ -236,7 +243,7 @@ class Gate:
         """Make a module's forward follow what rests of its parameters."""
         module, gated = site.module, site.gated
         own = {local: rests[name] for local, name in site.names.items() if name in rests}
-        entry = entry_for(module)
+        entry = site.entry
         if entry.static is not None:
             make = entry.static.gradients
             cast(compiled.Place, gated.place).let(lambda: make(module, own))
@@ -318,7 +325,7 @@ def _is_constant(module: nn.Module, own: dict[str, Rest]) -> bool:
 
 def _forget(site: Site) -> None:
     """Let go of what rested, and with it of the memory of gradients."""
-    entry = entry_for(site.module)
+    entry = site.entry
     if site.gated.place is not None:
         site.gated.place.let(lambda: None)
     if entry.always and entry.rule is not None and site.names:

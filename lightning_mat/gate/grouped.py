@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.plan import rows_of
 from lightning_mat.gate.rules import Rest
 

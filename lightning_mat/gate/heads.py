@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from lightning_mat.gate.look import FirstLook
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.partly import Partly, live, ordinary
 from lightning_mat.gate.rules import Forward, Rest
 from lightning_mat.gate.selection import Selection
@@ -155,7 +155,8 @@ class SplitAttention(TorchFunctionMode):
     That is ``F.scaled_dot_product_attention``, and the two products of attention written out. Heads
     attend independently of each other, so that two calls have together the bits of one. Only with
     dropout inside of ``F.scaled_dot_product_attention`` are its masks drawn separately: other
-    random numbers than in the plain model, of the same distribution.
+    random numbers than in the plain model, of the same distribution. Inside of an activation
+    checkpoint that begins within the module it runs plainly: it is run again when this is left.
 
     Args:
         split: Which heads pass gradients on.
@@ -165,6 +166,7 @@ class SplitAttention(TorchFunctionMode):
         """Remember the heads."""
         super().__init__()
         self._split = split
+        self._saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __torch_function__(
         self,
@@ -175,7 +177,8 @@ class SplitAttention(TorchFunctionMode):
     ) -> Any:
         """Split attention, and leave every other function alone."""
         kwargs = kwargs or {}
-        if torch.is_grad_enabled():
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if torch.is_grad_enabled() and saving == self._saving:
             if func is F.scaled_dot_product_attention:
                 return attend(self._split, *args, **kwargs)
             if func in _PRODUCTS and len(args) == 2 and not kwargs:

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_mat.gate.autocast import autocast_dtype, lowered
 from lightning_mat.gate.compiled import Gradients, Needs
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.partly import Partly
 from lightning_mat.gate.plan import (
     Passage,

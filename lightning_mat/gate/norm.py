@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.partly import Partly, live, ordinary
 from lightning_mat.gate.plan import passing_entries
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
@@ -38,7 +38,7 @@ def norm_rule(module: nn.Module, rests: Mapping[str, Rest], *, channels: bool) -
     constants = [name for name, rest in rests.items() if rest.whole]
     cut = _mask(module, "weight", rests)
     if cut is None:  # of a cut bias the hook clears all that there is
-        return lambda input: _forward(module, constants, input)
+        return lambda *args, **kwargs: _forward(module, constants, *args, *kwargs.values())
     bias_cut = _mask(module, "bias", rests)
     has_bias = module._parameters.get("bias") is not None
     shifts = torch.zeros_like(cut)
@@ -47,7 +47,8 @@ def norm_rule(module: nn.Module, rests: Mapping[str, Rest], *, channels: bool) -
     shifted = bool(shifts.any())
     nothing = bool(cut.all()) and not shifted
 
-    def run(input: Tensor) -> Tensor:
+    def run(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        (input,) = (*args, *kwargs.values())  # what each class calls it
         if nothing and not torch.compiler.is_compiling():
             with torch.no_grad():
                 return _forward(module, (), input)

@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeGuard, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.selection import Selection
 
 #: ``rule(func, args, kwargs)`` returns what a function makes of tensors some of which are Partly,
@@ -97,7 +97,7 @@ class Partly(Tensor):
             base: What this is a view of.
             merged: The two as an ordinary tensor: that view of the base's.
         """
-        if not part.requires_grad:
+        if not part.requires_grad or len(selection) == 0:
             return full
         if merged is None:
             merged = cast(Tensor, Merge.apply(part, full, selection, axis, look))
@@ -208,6 +208,8 @@ class Partly(Tensor):
         """Act on values and part where that is possible, on the merged tensor otherwise."""
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a graph that is handed one knows nothing of parts
+            return func(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
+        if any(kind is not Partly for kind in types):  # a subclass that has its own word to say
             return func(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS:

@@ -214,7 +214,7 @@ def _check_registration(layer: object, rule: object, static: object) -> None:
 def entry_for(module: nn.Module) -> Entry:
     """Return what is registered for a module's forward; nothing for one that was replaced."""
     replaced = module.__dict__.get("forward")
-    if replaced is not None and not getattr(replaced, "is_gate", False):
+    if replaced is not None and not _is_gate(replaced):
         return _UNKNOWN
     forward = type(module).forward
     found = _entries.get(forward)
@@ -225,3 +225,9 @@ def entry_for(module: nn.Module) -> Entry:
     if found is None:
         found = next((entry for fits, entry in _alike.items() if fits(module)), None)
     return found or _UNKNOWN
+
+
+def _is_gate(forward: Any) -> bool:
+    """Return whether a gate stands in for a forward; ``functools.wraps`` copies marks to others."""
+    bearer = getattr(forward, "__func__", forward)
+    return getattr(bearer, "is_gate", None) in (bearer, type(bearer))

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_mat.gate.forward import GatedForward
 from lightning_mat.gate.heads import AttentionSite, attention_sites
-from lightning_mat.gate.rules import entry_for
+from lightning_mat.gate.rules import Entry, entry_for
 from lightning_mat.gate.running import Statistics, statistics
 from lightning_mat.units.core import Partition
 from lightning_mat.units.filters import following_norms
@@ -30,7 +30,8 @@ class Site:
         self, path: str, module: nn.Module, names: dict[str, str], *, eager: bool | None = None
     ) -> None:
         """Make the stand-in; nothing is installed."""
-        static = entry_for(module).static if names else None
+        self._entry = entry_for(module)
+        static = self._entry.static if names else None
         self.path, self.module, self.names = path, module, names
         self.inside_expert = False
         self.gated = GatedForward(
@@ -39,6 +40,11 @@ class Site:
             None if static is None else static.plain,
             eager=_has_static_layers(module) if eager is None else eager,
         )
+
+    @property
+    def entry(self) -> Entry:
+        """What is registered for the module's forward now."""
+        return self._entry if self.gated.is_wrapped else entry_for(self.module)
 
 
 class Sites(NamedTuple):
@@ -58,6 +64,18 @@ class Sites(NamedTuple):
     attentions: list[tuple[Site, AttentionSite]]
     statistics: list[tuple[Site, Statistics]]
     scales: dict[str, set[str | None]]
+
+    def readers(self) -> dict[str, tuple[GatedForward, ...]]:
+        """Return the layers that read a parameter, where they can tell whether they have run."""
+        found: dict[str, list[GatedForward]] = {}
+        for site in self.layers:
+            for name in site.names.values():
+                found.setdefault(name, []).append(site.gated)
+        return {
+            name: tuple(layers)
+            for name, layers in found.items()
+            if all(layer.place is not None for layer in layers)
+        }
 
     def all(self) -> list[Site]:
         """Return every site, some of them twice."""
@@ -158,7 +176,8 @@ def _names(module: nn.Module, canonical: dict[int, str], part: Partition) -> dic
     """Return {name within the module: canonical name} of the owned parameters it reads itself."""
     found: dict[str, str] = {}
     for prefix in ("", *entry_for(module).reads):
-        for local, param in module.get_submodule(prefix)._parameters.items():
+        holder = module.get_submodule(prefix) if prefix else module  # scripted ones know no paths
+        for local, param in holder._parameters.items():
             name = canonical.get(id(param))
             if name in part.owners:
                 found[f"{prefix}.{local}" if prefix else local] = name

@@ -13,6 +13,7 @@ from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
 from lightning_mat.mntk.layout import Layout, sketch
 from lightning_mat.mntk.look import Look, look, sample_ids
+from lightning_mat.mntk.outputs import Output
 from lightning_mat.mntk.samples import count_samples
 from lightning_mat.mntk.scalars import Scalars
 from lightning_mat.mntk.tape import Call, Tape
@@ -32,6 +33,8 @@ class Passes:
 
     Attributes:
         look: What two samples told about the model, None before :meth:`learn`.
+        unreached: Parameters that owners have and no operation uses on the way to what is measured.
+        constant: Whether what is measured hardly depends on any other of them.
         routed: Whether some layer's rows are in no regular order.
     """
 
@@ -41,6 +44,13 @@ class Passes:
         self._scalars, self._modules, self._names = scalars, modules, names
         self.look: Look | None = None
         self.routed = False
+        self.unreached: frozenset[str] = frozenset()
+        self.constant = False
+
+    @property
+    def output(self) -> Output:
+        """What is differentiated."""
+        return self._scalars.output
 
     @property
     def known(self) -> Look:
@@ -74,13 +84,21 @@ class Passes:
             parameter.requires_grad_(True)
         try:
             total = self._scalars(batch, samples).sum()
-            plain = torch.autograd.grad(
-                total, list(owned.values()), allow_unused=True, materialize_grads=True
-            )
+            found = torch.autograd.grad(total, list(owned.values()), allow_unused=True)
         finally:
             for parameter in owned.values():
                 parameter.requires_grad_(False)
-        expected = dict(zip(owned, plain, strict=True))
+        reached = dict(zip(owned, found, strict=True))
+        self.unreached = frozenset(name for name, grad in reached.items() if grad is None)
+        expected = {
+            name: torch.zeros_like(owned[name]) if grad is None else grad
+            for name, grad in reached.items()
+        }
+        tolerance = 1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2
+        effects = [
+            float(grad.norm() * owned[name].detach().norm()) for name, grad in expected.items()
+        ]
+        self.constant = max(effects, default=0.0) < 1e-2 * tolerance * abs(float(total.detach()))
         collector = GradientSum(expected)
         while True:
             try:
@@ -90,7 +108,7 @@ class Passes:
                 self.routed = True
                 collector = GradientSum(expected)
         collector.finish()
-        collector.check(1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2)
+        collector.check(tolerance)
 
     def run(
         self, batch: Any, modules: Mapping[str, nn.Module], collector: Collector, last: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,7 @@ class Probe:
             return
         self._seen = layers
         owned = {n: p for n, p in self.model.named_parameters() if n in self.part.owners}
+        told = self._passes.unreached, self._passes.constant
         try:
             self._passes.learn(take_samples(batch, 0, 2), owned)
         except (TypeError, NotImplementedError) as error:
@@ -207,6 +209,39 @@ class Probe:
             if is_out_of_memory(error):
                 raise ProbeMemoryError(TOO_LARGE) from error
             raise
+
+        if (self._passes.unreached, self._passes.constant) != told:
+            self._warn()
+
+    def _warn(self) -> None:
+        """Say which units cannot be measured, because what is measured does not depend on them."""
+        reached = {
+            int(unit)
+            for name, pieces in self._owners.items()
+            if name not in self._passes.unreached
+            for unit in pieces[:, 0]
+        }
+        # No token of the first samples may have been routed to an expert.
+        blind = [
+            name
+            for unit, (name, kind) in enumerate(zip(self.part.names, self.part.kinds, strict=True))
+            if unit not in reached and kind != "expert"
+        ]
+        if blind:
+            warnings.warn(
+                f"{len(blind)} of {len(self.part)} units (first {blind[0]!r}) are not used on the "
+                f"way to what {type(self.model).__name__} gives the probe: their λ_max is 0, and a "
+                "threshold lets them rest for good. Pass forward=lambda model, batch: ... that "
+                "uses them as training does, or leave them out of the units",
+                stacklevel=2,
+            )
+        elif self._passes.constant and self._passes.output == "sum_logits":
+            warnings.warn(
+                f"the sum of what {type(self.model).__name__} returns hardly depends on its "
+                "parameters, as that of a softmax does not: λ_max would be rounding noise. Return "
+                "logits, or measure another output (output='random' or 'loss')",
+                stacklevel=2,
+            )
 
     def _measure(self, batch: Any, samples: int, micro: int) -> tuple[Solved, Tensor]:
         """Return the eigenvalues and the costs ``[L]``."""

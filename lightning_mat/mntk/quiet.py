@@ -80,7 +80,7 @@ def kept_random_streams(
 
     Args:
         devices: GPUs whose streams are kept, too.
-        seed: If given, the block starts with those of the CPU seeded.
+        seed: If given, the block starts with all of them seeded.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
@@ -90,8 +90,10 @@ def kept_random_streams(
     with torch.random.fork_rng(devices=sorted(numbers)):
         try:
             if seed is not None:
-                # torch.manual_seed would seed the GPUs, too, whose streams are not restored
+                # torch.manual_seed would seed all GPUs, also those whose streams are not restored
                 torch.default_generator.manual_seed(seed)
+                for number in sorted(numbers):
+                    torch.cuda.default_generators[number].manual_seed(seed)
                 random.seed(seed)
                 if numpy is not None:
                     numpy.random.seed(seed % 2**32)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,54 @@ def count_samples(batch: Any) -> int:
             "the same number of samples"
         )
     return sizes[0]
+
+
+def shapes_of(batch: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of a batch's tensors that have dimensions.
+
+    Example:
+        >>> shapes_of({"x": torch.zeros(8, 3), "temperature": torch.tensor(0.5)})
+        [(8, 3)]
+    """
+    shapes: list[tuple[int, ...]] = []
+    _map(batch, lambda tensor: shapes.append(tuple(tensor.shape)) if tensor.dim() else None)
+    return shapes
+
+
+class Extent(NamedTuple):
+    """How large the samples of a batch are, padding and all.
+
+    Attributes:
+        elements: Of the largest tensor, per sample; 0.0 where there is none.
+        form: Dimensions of each tensor: what batches of one kind have in common.
+    """
+
+    elements: float
+    form: tuple[int, ...]
+
+    @staticmethod
+    def of(batch: Any) -> Extent:
+        """Return the extent of a batch.
+
+        Example:
+            >>> Extent.of((torch.zeros(8, 3, 5), torch.zeros(8)))
+            Extent(elements=15.0, form=(3, 1))
+        """
+        shapes = shapes_of(batch)
+        samples = max((shape[0] for shape in shapes), default=0)
+        most = max((math.prod(shape) for shape in shapes), default=0)
+        return Extent(most / samples if samples else 0.0, tuple(map(len, shapes)))
+
+    def over(self, other: Extent) -> float:
+        """Return how much larger the samples are than another batch's, 1.0 for other kinds of them.
+
+        Example:
+            >>> words = Extent(30.0, (2,))
+            >>> words.over(Extent(60.0, (2,))), words.over(Extent(60.0, (4, 1)))
+            (0.5, 1.0)
+        """
+        alike = self.form == other.form and self.elements and other.elements
+        return self.elements / other.elements if alike else 1.0
 
 
 def take_samples(batch: Any, start: int, stop: int) -> Any:
