@@ -262,6 +262,13 @@ def run_linear(layer: nn.Linear, input: Tensor, plan: LinearPlan) -> Tensor:
     weight = cast(Tensor, constant_if_whole(layer.weight, plan.weight_rest))
     bias = constant_if_whole(layer.bias, plan.bias_rest)
     x, values = input, None
+    if input.is_nested:  # its tokens are in no two dimensions: in full, and the hooks clear
+        if plan.passages is not None or not plan.out.whole:
+            raise RuntimeError(
+                'skip="units" cannot cut the gradients of a nested tensor: use skip="weights", or '
+                "pad it (torch.nested.to_padded_tensor)"
+            )
+        return F.linear(input, weight, bias)
     if isinstance(input, Partly):
         same = (input.axis, input.selection.runs) == (-1, plan.into.runs)
         if same and plan.passages is not None and input.apart:

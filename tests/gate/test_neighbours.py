@@ -323,3 +323,24 @@ def test_forward_mode_derivatives_are_those_of_the_plain_model() -> None:
             out = model(torch.autograd.forward_ad.make_dual(x, direction))
             slope = torch.autograd.forward_ad.unpack_dual(out).tangent
     assert_close(slope, direction @ model.weight.T, 1e-12)
+
+
+def test_nested_tensors_have_gradients_in_full_or_are_refused() -> None:
+    model = nn.Linear(4, 4)
+    ragged = [torch.randn(n, 4) for n in (2, 5)]
+
+    def run() -> Tensor:
+        x = torch.nested.nested_tensor(ragged, layout=torch.jagged)
+        return model(x).values().sum()
+
+    part = Partition(rows("weight", even(4, 2)), model)
+    with Gate(model, part) as gate:
+        gate.apply([True, False])
+        run().backward()
+    assert model.weight.grad is not None
+    assert_close(model.weight.grad[:2], torch.cat(ragged).sum(0).expand(2, 4), 1e-6)
+    assert not model.weight.grad[2:].any()
+    with Gate(model, part, skip="units") as gate:
+        gate.apply([True, False])
+        with pytest.raises(RuntimeError, match='nested tensor: use skip="weights"'):
+            run()
