@@ -158,7 +158,7 @@ class GatedForward:
                 return self._compiled(*args, **kwargs)
             if self.eager and self.place is None:
                 return self.plain(*args, **kwargs)
-        else:
+        if self.place is not None:  # nobody asks others
             self.ran = True
         if self.run is None or torch.autograd.forward_ad._current_level >= 0:
             return self.plain(*args, **kwargs)

@@ -209,7 +209,7 @@ class Partly(Tensor):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a graph that is handed one knows nothing of parts
             return func(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
-        if any(kind is not Partly for kind in types):  # a subclass that has its own word to say
+        if not {Partly, Tensor}.issuperset(types):  # a subclass that has its own word to say
             return func(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS:
