@@ -20,9 +20,6 @@ from lightning_mat.report.environment import environment
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-#: Seconds to wait after a round that was disturbed.
-PAUSE = 1.0
-
 #: glibc's settings under which a process keeps the memory that it has freed.
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
@@ -39,24 +36,13 @@ def keep_freed_memory() -> None:
         os.execve(sys.executable, again, {**os.environ, **KEEPING})
 
 
-class Rounds(dict[str, list[float]]):
-    """The seconds of functions by their names, one value per round.
-
-    Attributes:
-        disturbed: How many of the rounds were disturbed, for want of others.
-    """
-
-    disturbed = 0
-
-
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 11,
     warmup: int = 2,
     device: torch.device | str = "cpu",
-    quiet: Callable[[], bool] | None = None,
-) -> Rounds:
+) -> dict[str, list[float]]:
     """Return the seconds of each function, one value per round.
 
     Every round runs every function once, in turning order, so that a machine that slows down or is
@@ -67,8 +53,6 @@ def interleaved(
         rounds: Timed calls of each.
         warmup: Calls of each that are not timed.
         device: Device on which they work; its queue is drained around each call.
-        quiet: Asked after every round, such as :func:`benchmarks.cores.apart`. A round after which
-            it says no is timed again, a second later, up to twice as many as ``rounds`` in all.
 
     Raises:
         ValueError: If there is nothing to time.
@@ -78,28 +62,16 @@ def interleaved(
             f"need at least one function and one round, got {len(functions)} and {rounds}"
         )
     names = list(functions)
-    kept: list[dict[str, float]] = []
-    disturbed: list[dict[str, float]] = []
-    turn = -warmup
-    while len(kept) < rounds and len(disturbed) < 2 * rounds:
-        found = {}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             _drain(device)
             start = time.perf_counter()
             functions[name]()
             _drain(device)
-            found[name] = time.perf_counter() - start
-        if turn >= 0:
-            if quiet is None or quiet():
-                kept.append(found)
-            else:
-                disturbed.append(found)
-                time.sleep(PAUSE)
-        turn += 1
-        _progress(warmup + len(kept), rounds + warmup)
-    chosen = (kept + disturbed)[:rounds]
-    seconds = Rounds({name: [found[name] for found in chosen] for name in names})
-    seconds.disturbed = rounds - len(kept)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+        _progress(turn + warmup + 1, rounds + warmup)
     return seconds
 
 
@@ -114,7 +86,7 @@ def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def summary(seconds: Rounds) -> dict[str, dict[str, float | int]]:
+def summary(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, float | int]]:
     """Return median, least and greatest seconds and the rounds of every name."""
     return {
         name: {
@@ -122,7 +94,6 @@ def summary(seconds: Rounds) -> dict[str, dict[str, float | int]]:
             "min_seconds": min(values),
             "max_seconds": max(values),
             "rounds": len(values),
-            "disturbed_rounds": seconds.disturbed,
         }
         for name, values in seconds.items()
     }

@@ -14,8 +14,8 @@ is that of its memory traffic: a fused one's, whose plain step moves seven words
 (value and moments there and back, the gradient there). For what is stepped in a pool, values and
 gradients are copied there and values back besides, in memory that stays in the cache. On a CPU a
 plain step takes longer where malloc hands memory back to the system, so that this process keeps
-it, see :func:`benchmarks.common.keep_freed_memory`; rounds in which threads shared a core are timed
-again, see :mod:`benchmarks.cores`. Writes ``benchmarks/results/optimizer-<device>.json``.
+it, see :func:`benchmarks.common.keep_freed_memory`. Writes
+``benchmarks/results/optimizer-<device>.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from torch.optim import AdamW, Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cores
 from benchmarks.common import interleaved, keep_freed_memory, ratio, summary, write_result
 from examples.models.bert import Bert, preset
 from lightning_mat.optim import MATOptimizer
@@ -102,12 +101,8 @@ def measure(
             optimizer.step()
     active = choose(part, share, 0)
     optimizer.apply(active)
-    quiet = cores.apart if args.device == "cpu" else None
     seconds = interleaved(
-        {"plain": plain.step, "mat": optimizer.step},
-        rounds=args.rounds,
-        device=args.device,
-        quiet=quiet,
+        {"plain": plain.step, "mat": optimizer.step}, rounds=args.rounds, device=args.device
     )
     zeroing = interleaved(
         {
@@ -116,7 +111,6 @@ def measure(
         },
         rounds=args.rounds,
         device=args.device,
-        quiet=quiet,
     )
     total = sum(p.numel() for p in model.parameters())
     return {

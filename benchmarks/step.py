@@ -12,10 +12,9 @@ kind trains. With F counted and t measured,
 
 is the part of the promised saving that is kept. The time of products, convolutions and attention,
 whose FLOPs F counts, and that of the rest are shown apart, each relative to the plain step's. The
-process keeps the memory that it frees, see :func:`benchmarks.common.keep_freed_memory`, and times
-again what it timed while threads shared a core, see :mod:`benchmarks.cores`. Beside them the same
-step under what a user would pick instead, see :mod:`benchmarks.rivals`. Memory is the peak of a
-step, and the bytes of activations that its forward pass saves for the backward pass.
+process keeps the memory that it frees, see :func:`benchmarks.common.keep_freed_memory`. Beside them
+the same step under what a user would pick instead, see :mod:`benchmarks.rivals`. Memory is the peak
+of a step, and the bytes of activations that its forward pass saves for the backward pass.
 
 Writes ``step-<model>-<device>.json`` after every group of measurements, and prints a table.
 """

@@ -92,7 +92,7 @@ def page(results: Mapping[str, dict[str, Any]]) -> str:
             "its time.",
             step_of(result) if result["steps"] else "",
             rivals_of(result),
-            f"*{where(result)}; `benchmarks/results/{name}.json`{_disturbed(result)}*",
+            f"*{where(result)}; `benchmarks/results/{name}.json`*",
         ]
         what |= {row["name"]: row["what"] for row in result["rivals"]}
     parts.append("\n".join(f"- *{name}*: {text}." for name, text in what.items()))
@@ -119,13 +119,6 @@ def _step_cells(row: dict[str, Any]) -> list[str]:
         percent(row["saved_ratio"]),
         percent(row["peak_ratio"]),
     ]
-
-
-def _disturbed(result: Mapping[str, Any]) -> str:
-    """Return which rows have rounds that were timed while threads shared a core."""
-    rows = [*result["steps"], *result["rivals"]]
-    count = sum(row["seconds"].get("disturbed_rounds", 0) > 0 for row in rows)
-    return f"; threads shared a core in rounds of {count} of {len(rows)} rows" if count else ""
 
 
 def _dropout(settings: Mapping[str, Any]) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cores
 from benchmarks.activations import saved_bytes
-from benchmarks.common import Rounds, interleaved, peak_memory, ratio, summary
+from benchmarks.common import interleaved, peak_memory, ratio, summary
 from benchmarks.counted import split_seconds
 from benchmarks.models import Workload
 from benchmarks.rivals import RIVALS
@@ -177,8 +176,7 @@ class Study:
                 row["plain_first_step_seconds"] = first["plain"]
         else:
             steps = {name: way.optimizer.step for name, way in ways.items()}
-            seconds = self._interleaved(steps, warmup=1)
-            cores.wait()
+            seconds = interleaved(steps, rounds=self.setting.rounds, warmup=1, device=self.device)
             spent = {name: split_seconds(way.step, self.device) for name, way in ways.items()}
             for name, row in rows.items():
                 row["optimizer_time_ratio"] = ratio(seconds, name, "plain")
@@ -210,20 +208,11 @@ class Study:
         self._peaks(ways, rows)
         self.rivals += rows.values()
 
-    def _interleaved(self, steps: Mapping[str, Callable[[], object]], *, warmup: int) -> Rounds:
-        return interleaved(
-            steps,
-            rounds=self.setting.rounds,
-            warmup=warmup,
-            device=self.device,
-            quiet=cores.apart if self.kind == "cpu" else None,
-        )
-
     def _time(self, ways: Mapping[str, Way], rows: Mapping[str, dict[str, Any]]) -> None:
         steps = {name: way.step for name, way in ways.items()}
         # Until every way has its memory at hand.
         warmup = 1 if self.setting.quick else 3
-        seconds = self._interleaved(steps, warmup=warmup)
+        seconds = interleaved(steps, rounds=self.setting.rounds, warmup=warmup, device=self.device)
         found = summary(seconds)
         for name, row in rows.items():
             row["flops_ratio"] = row["flops"] / self.full["flops"]

@@ -74,7 +74,12 @@ class Pool:
         # Gradients are gathered after the values, by the same call.
         self._grads_at = Pool.room_for(numel) - numel
         of_grads = torch.tensor([len(parts), 0, 0, 0, 0, self._grads_at])
-        self._boxes_of_both = torch.cat([self._boxes, self._boxes + of_grads])
+        # Threads divide a table evenly, and a tensor too: each copies what it will compute with, or
+        # it would come from another core's cache.
+        threads = torch.get_num_threads()
+        thread = (self._boxes[:, 5] * threads).div(max(numel, 1), rounding_mode="floor")
+        order = torch.cat([thread, thread]).argsort(stable=True)
+        self._boxes_of_both = torch.cat([self._boxes, self._boxes + of_grads])[order]
         self.piece = Piece(torch.Size((numel,)))
         self.shares_room = room is not None
         self._room = Room(Pool.room_for(numel)) if room is None else room

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, cores
+from benchmarks import common
 
 
 def test_doctests():
@@ -23,41 +23,6 @@ def test_every_round_runs_every_function_in_turning_order():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
     assert all(value >= 0 for values in seconds.values() for value in values)
     assert common.summary(seconds)["b"]["rounds"] == 2
-
-
-def test_disturbed_rounds_are_timed_again_and_counted_where_they_have_to_stay(monkeypatch):
-    monkeypatch.setattr(common, "PAUSE", 0.0)
-    calls, answers = [], iter([True, False, True, False, True])
-    seconds = common.interleaved(
-        {"a": lambda: calls.append("a")}, rounds=3, warmup=1, quiet=lambda: next(answers)
-    )
-    assert (len(calls), len(seconds["a"]), seconds.disturbed) == (1 + 5, 3, 0)
-    seconds = common.interleaved(
-        {"a": lambda: calls.append("a")}, rounds=2, warmup=0, quiet=lambda: False
-    )
-    assert (len(calls), len(seconds["a"])) == (6 + 4, 2)
-    assert common.summary(seconds)["a"]["disturbed_rounds"] == 2
-
-
-def test_threads_are_apart_where_together_they_are_as_fast_as_one_alone(monkeypatch):
-    for seconds, found in ((1.05, True), (1.95, False)):
-        # One thread's arithmetic takes a second, that of all takes so many.
-        monkeypatch.setattr(
-            cores, "_seconds", lambda tensor, s=seconds: s if len(tensor) > cores.ALONE else 1.0
-        )
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        assert cores.slowdown() == seconds
-        assert cores.apart() == cores.wait(0.0) == found
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert cores.apart()
-
-
-def test_all_threads_are_timed_on_as_much_each_as_one_alone(monkeypatch):
-    sizes = []
-    monkeypatch.setattr(torch, "digamma", lambda tensor: sizes.append(len(tensor)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert cores.slowdown(2) > 0
-    assert sizes == [cores.ALONE, 3 * cores.ALONE] * 2
 
 
 def test_a_process_begins_anew_once_to_keep_its_memory(monkeypatch):

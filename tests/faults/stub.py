@@ -57,7 +57,10 @@ class Trainer:
         self.lightning_module, self.callback = module, callback
         self.callbacks = [callback]
         self.strategy = SimpleNamespace(
-            model=module, optimizers=[optimizer], batch_to_device=lambda batch: batch
+            root_device=torch.device("cpu"),
+            model=module,
+            optimizers=[optimizer],
+            batch_to_device=lambda batch: batch,
         )
         self.precision_plugin = SimpleNamespace(convert_input=lambda batch: batch)
         self.loggers = [Logger()]
