@@ -22,12 +22,10 @@ from lightning_mat.ledger import Ledger
 from lightning_mat.mapping import check_partition_change
 from lightning_mat.metrics import episode_metrics, run_summary
 from lightning_mat.mntk.alignment import check_alignment
+from lightning_mat.mntk.extent import Extent
 from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
 from lightning_mat.mntk.probe import check_settings
-from lightning_mat.mntk.samples import Extent
 from lightning_mat.optim.waking import WAKING
-from lightning_mat.parallel.batches import same_batch
-from lightning_mat.parallel.ranks import together
 from lightning_mat.parallel.ready import Ready
 from lightning_mat.parallel.strategy import MATDDPStrategy
 from lightning_mat.policies import MAT as MATPolicy
@@ -40,12 +38,11 @@ from lightning_mat.run import (
     check_run,
     in_default_dtype,
     log_metrics,
-    on_device,
+    probe_batch,
     ranks_of,
     run_folder,
     samples_of,
 )
-from lightning_mat.sampling import check_loader, draw, seed_of
 from lightning_mat.schedule import Schedule, steps_per_episode
 
 log = logging.getLogger(__name__)
@@ -191,10 +188,9 @@ class MATCallback(Callback):
         self.n_samples, self.seed = n_samples, seed
         self.dry_run, self.probe_data = dry_run, probe_data
         self.keep_eigenvalues = keep_eigenvalues
-        self._units = units
+        self._units, self._output = units, output
+        self._forward = forward or default_forward
         self._engine_options: dict[str, Any] = {
-            "output": output,
-            "forward": forward,
             "precision": precision,
             "memory": memory,
             "skip": skip,
@@ -258,6 +254,9 @@ class MATCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Partition the model and wrap its optimizers."""
+        output = self._output
+        if callable(output):
+            output = in_default_dtype(trainer, output)
         self.mat = MAT(
             pl_module,
             trainer.optimizers,
@@ -266,7 +265,9 @@ class MATCallback(Callback):
             dry_run=self.dry_run,
             seed=self.seed,
             ranks=ranks_of(trainer),
-            **self._options(trainer),
+            forward=in_default_dtype(trainer, self._forward),
+            output=output,
+            **self._engine_options,
         )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             self._ready = Ready(trainer.strategy.model, self.mat, self._order)
@@ -493,20 +494,7 @@ class MATCallback(Callback):
         mat = self._mat()
         data = trainer.train_dataloader if self.probe_data is None else self.probe_data
         number = mat.probes + mat.skipped  # samples that cannot be read are not drawn again
-        with together(mat.ranks, "drawing samples"):
-            batch = draw(check_loader(data, self.n_samples), self.n_samples, self.seed, number)
-        if mat.ranks is not None:
-            batch = same_batch(batch, mat.ranks)
-        with together(mat.ranks, "bringing samples to the device"):
-            return on_device(trainer, batch, seed_of(self.seed, number))
-
-    def _options(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """Return the engine's settings, for what a training step of this run computes in."""
-        options = dict(self._engine_options)
-        options["forward"] = in_default_dtype(trainer, options["forward"] or default_forward)
-        if callable(options["output"]):
-            options["output"] = in_default_dtype(trainer, options["output"])
-        return options
+        return probe_batch(trainer, data, self.n_samples, self.seed, number, mat.ranks)
 
     def _close(self, trainer: pl.Trainer) -> None:
         self._ledger.close()

@@ -28,10 +28,10 @@ from lightning_mat.mapping import (
     recut,
     unit_diff,
 )
+from lightning_mat.mntk.extent import Extent
 from lightning_mat.mntk.memory import ProbeMemoryError
 from lightning_mat.mntk.outputs import Forward, Output
 from lightning_mat.mntk.probe import Probe
-from lightning_mat.mntk.samples import Extent
 from lightning_mat.mntk.spectra import Spectra
 from lightning_mat.optim import MATOptimizer
 from lightning_mat.parallel.probing import SharedProbe
@@ -169,7 +169,7 @@ class MAT:
         self._applied: Decision | None = None
         self._slices = marks_of(self.part)
         self.full_cost = 0.0
-        self.full_extent = self._probe_extent = Extent(0.0, ())
+        self.full_extent = self._probe_extent = Extent()
         self._cost = torch.zeros(len(self.part), dtype=torch.float64)
         self.episode = 0
         self.probes = 0
@@ -366,7 +366,7 @@ class MAT:
         known = None if others else state.get("cost")
         self._cost = torch.zeros_like(self._cost) if known is None else known
         extents = [Extent(e[0], tuple(e[1:])) for e in state.get("extents", ())]
-        self.full_extent, self._probe_extent = extents or [Extent(0.0, ())] * 2
+        self.full_extent, self._probe_extent = extents or [Extent()] * 2
         self.episode = int(state["episode"])
         self.probes = int(state["probes"])
         self.skipped = int(state.get("skipped", 0))

@@ -17,8 +17,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_mat.mntk.quiet import kept_random_streams
 from lightning_mat.mntk.samples import shapes_of
-from lightning_mat.parallel.ranks import Ranks
+from lightning_mat.parallel.batches import same_batch
+from lightning_mat.parallel.ranks import Ranks, together
 from lightning_mat.parallel.refusals import check_strategy
+from lightning_mat.sampling import check_loader, draw, seed_of
 
 Function = Callable[[Any, Any], Any]
 
@@ -68,29 +70,42 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 
 def samples_of(batch: Any) -> int:
-    """Return the samples of a training batch: the most that one of its tensors has, at least 1."""
-    return max([1, *(shape[0] for shape in shapes_of(batch))])
+    """Return the samples of a training batch, at least 1.
+
+    Where its tensors disagree, the fewest: a probe must not take more at a time than a step.
+    """
+    return max(1, min((shape[0] for shape in shapes_of(batch)), default=1))
 
 
-def on_device(trainer: pl.Trainer, batch: Any, seed: int) -> Any:
-    """Return a batch on the device, as a training step would get it.
+def probe_batch(
+    trainer: pl.Trainer, data: object, n_samples: int, seed: int, number: int, ranks: Ranks | None
+) -> Any:
+    """Return samples for a probe, on the device, as a training step would get them.
 
-    The hooks of the module and its data may augment it at random: the random number streams, on the
-    device too, are seeded before them and as before afterwards.
+    The hooks of the module and its data may augment them at random: the random number streams, on
+    the device too, are seeded before them and as before afterwards.
 
     Args:
         trainer: The run's.
-        batch: The batch.
-        seed: Of what is random in it.
+        data: The loader to draw from.
+        n_samples: S.
+        seed: Of the run.
+        number: Of the probe, from 0.
+        ranks: The processes that probe together.
     """
+    with together(ranks, "drawing samples"):
+        batch = draw(check_loader(data, n_samples), n_samples, seed, number)
+    if ranks is not None:
+        batch = same_batch(batch, ranks)
     device = trainer.strategy.root_device
-    with kept_random_streams([device] if device.type == "cuda" else [], seed):
+    streams = kept_random_streams([device] if device.type == "cuda" else [], seed_of(seed, number))
+    with together(ranks, "bringing samples to the device"), streams:
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch)
 
 
-def in_default_dtype(trainer: pl.Trainer, function: Function | None) -> Function | None:
+def in_default_dtype(trainer: pl.Trainer, function: Function) -> Function:
     """Return a function that runs as a training step does with ``precision="64-true"`` and alike.
 
     There Lightning sets the type of tensors that a model makes without saying one. Autocast is the
@@ -98,10 +113,10 @@ def in_default_dtype(trainer: pl.Trainer, function: Function | None) -> Function
 
     Args:
         trainer: The run's.
-        function: ``(module, batch) -> tensor``, or None.
+        function: ``(module, batch) -> tensor``.
     """
     plugin = trainer.precision_plugin
-    if function is None or not isinstance(plugin, (DoublePrecision, HalfPrecision)):
+    if not isinstance(plugin, (DoublePrecision, HalfPrecision)):
         return function
 
     def run(module: Any, batch: Any) -> Any:

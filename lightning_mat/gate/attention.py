@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mat.gate import compiled, linear
+from lightning_mat.gate.forward import inside
 from lightning_mat.gate.heads import attention_weights
 from lightning_mat.gate.once import once_differentiable
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
@@ -318,7 +319,7 @@ def _gradients(plan: linear.LinearPlan) -> compiled.Gradients:
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
     path, _, own = name.rpartition(".")
-    return (module.get_submodule(path) if path else module)._parameters[own]
+    return inside(module, path)._parameters[own]
 
 
 def _rows(tensor: Tensor | None, rows: tuple[int, int] | None) -> Tensor | None:

@@ -38,6 +38,9 @@ class Place:
 
     Args:
         plain: ``(x, weight, bias) -> y``, the layer's forward.
+
+    Attributes:
+        ran: Whether the layer has run with gradients, compiled or not, since the last decision.
     """
 
     _count = 0

@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mat.gate.buffer import GradientBuffer
+from lightning_mat.gate.compiled import Place
 from lightning_mat.units.regions import Block, complement
 
 _log = logging.getLogger(__name__)
@@ -32,17 +33,9 @@ def note_once(key: str, message: str) -> None:
         _log.info(message)
 
 
-class Reader(Protocol):
-    """A layer that reads a parameter."""
-
-    @property
-    def has_run(self) -> bool:
-        """Whether it has run since the decision."""
-
-
-def _check_read(name: str, readers: Sequence[Reader]) -> None:
+def _check_read(name: str, readers: Sequence[Place]) -> None:
     """Raise where a gradient came of no layer that cuts what travels through what rests."""
-    if readers and not any(reader.has_run for reader in readers):
+    if readers and not any(place.ran for place in readers):
         raise RuntimeError(
             f"parameter {name!r} is used outside of its module's forward (as in F.linear(x, "
             'layer.weight)), where skip="units" cannot cut the gradients through units at rest: '
@@ -58,7 +51,7 @@ class ClearResting:
         blocks: What trains.
         rows: Rows of the parameter's matrix view.
         columns: Columns of it.
-        readers: The layers one of which has to have run; none for no such demand.
+        readers: Of the layers one of which has to have run; none for no such demand.
         keep: Whether to keep the memory of its gradient between steps.
     """
 
@@ -68,7 +61,7 @@ class ClearResting:
         blocks: Sequence[Block],
         rows: int,
         columns: int,
-        readers: Sequence[Reader] = (),
+        readers: Sequence[Place] = (),
         *,
         keep: bool = True,
     ) -> None:
@@ -130,7 +123,7 @@ class DropGradient:
         readers: As those of :class:`ClearResting`.
     """
 
-    def __init__(self, name: str, readers: Sequence[Reader] = ()) -> None:
+    def __init__(self, name: str, readers: Sequence[Place] = ()) -> None:
         """Remember the name."""
         self.name = name
         self.readers = readers

@@ -66,7 +66,6 @@ class GatedForward:
         self.place = None if plain is None else Place(functools.partial(plain, module))
         self.eager = eager
         self.on = False
-        self.ran = False
         self.run: Forward | None = None
         self.before: Forward | None = None
         self.plain: Forward = MethodType(type(module).forward, module)
@@ -79,11 +78,6 @@ class GatedForward:
         """Whether somebody's wrapper is on the module that runs this."""
         now = self.module.__dict__.get("forward")
         return now is not None and now is self._around
-
-    @property
-    def has_run(self) -> bool:
-        """Whether the module has run, with gradients, since this was installed."""
-        return self.ran or (self.place is not None and self.place.ran)
 
     def watch_inside(self) -> None:
         """Look at all parameters of the module, not at those that units own alone."""
@@ -109,7 +103,6 @@ class GatedForward:
         Raises:
             RuntimeError: If another gate is on the module.
         """
-        self.ran = False
         if self.place is not None:
             self.place.ran = False
         if self.is_wrapped:
@@ -158,8 +151,8 @@ class GatedForward:
                 return self._compiled(*args, **kwargs)
             if self.eager and self.place is None:
                 return self.plain(*args, **kwargs)
-        if self.place is not None:  # nobody asks others
-            self.ran = True
+        if self.place is not None:
+            self.place.ran = True
         if self.run is None or torch.autograd.forward_ad._current_level >= 0:
             return self.plain(*args, **kwargs)
         _refuse_reentrant(self.module)
@@ -190,10 +183,15 @@ def _same(thing: Any) -> Any:
     return thing
 
 
+def inside(module: nn.Module, path: str) -> nn.Module:
+    """Return a submodule, the module itself for ""; scripted modules know no submodules."""
+    return module.get_submodule(path) if path else module
+
+
 def _holder(module: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
     """Return the ``_parameters`` that hold a parameter with a dotted name, and its own name."""
     path, _, own = name.rpartition(".")
-    return (module.get_submodule(path) if path else module)._parameters, own
+    return inside(module, path)._parameters, own
 
 
 def detaching(gated: GatedForward, rests: Mapping[str, Rest]) -> Forward:

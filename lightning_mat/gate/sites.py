@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_mat.gate.forward import GatedForward
+from lightning_mat.gate.compiled import Place
+from lightning_mat.gate.forward import GatedForward, inside
 from lightning_mat.gate.heads import AttentionSite, attention_sites
 from lightning_mat.gate.rules import Entry, entry_for
 from lightning_mat.gate.running import Statistics, statistics
@@ -65,16 +66,16 @@ class Sites(NamedTuple):
     statistics: list[tuple[Site, Statistics]]
     scales: dict[str, set[str | None]]
 
-    def readers(self) -> dict[str, tuple[GatedForward, ...]]:
-        """Return the layers that read a parameter, where they can tell whether they have run."""
-        found: dict[str, list[GatedForward]] = {}
+    def readers(self) -> dict[str, list[Place]]:
+        """Return the places of the layers that read a parameter, where all of them have one."""
+        found: dict[str, list[Place | None]] = {}
         for site in self.layers:
             for name in site.names.values():
-                found.setdefault(name, []).append(site.gated)
+                found.setdefault(name, []).append(site.gated.place)
         return {
-            name: tuple(layers)
-            for name, layers in found.items()
-            if all(layer.place is not None for layer in layers)
+            name: known
+            for name, places in found.items()
+            if len(known := [place for place in places if place is not None]) == len(places)
         }
 
     def all(self) -> list[Site]:
@@ -176,8 +177,7 @@ def _names(module: nn.Module, canonical: dict[int, str], part: Partition) -> dic
     """Return {name within the module: canonical name} of the owned parameters it reads itself."""
     found: dict[str, str] = {}
     for prefix in ("", *entry_for(module).reads):
-        holder = module.get_submodule(prefix) if prefix else module  # scripted ones know no paths
-        for local, param in holder._parameters.items():
+        for local, param in inside(module, prefix)._parameters.items():
             name = canonical.get(id(param))
             if name in part.owners:
                 found[f"{prefix}.{local}" if prefix else local] = name

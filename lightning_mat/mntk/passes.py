@@ -88,17 +88,12 @@ class Passes:
         finally:
             for parameter in owned.values():
                 parameter.requires_grad_(False)
-        reached = dict(zip(owned, found, strict=True))
-        self.unreached = frozenset(name for name, grad in reached.items() if grad is None)
-        expected = {
-            name: torch.zeros_like(owned[name]) if grad is None else grad
-            for name, grad in reached.items()
-        }
+        plain = dict(zip(owned, found, strict=True))
+        self.unreached = frozenset(name for name, grad in plain.items() if grad is None)
+        expected = {n: torch.zeros_like(owned[n]) if g is None else g for n, g in plain.items()}
         tolerance = 1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2
-        effects = [
-            float(grad.norm() * owned[name].detach().norm()) for name, grad in expected.items()
-        ]
-        self.constant = max(effects, default=0.0) < 1e-2 * tolerance * abs(float(total.detach()))
+        effects = [float(grad.norm() * owned[name].norm()) for name, grad in expected.items()]
+        self.constant = max(effects, default=0.0) < 1e-2 * tolerance * float(total.detach().abs())
         collector = GradientSum(expected)
         while True:
             try:

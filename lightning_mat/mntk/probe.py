@@ -196,7 +196,6 @@ class Probe:
             return
         self._seen = layers
         owned = {n: p for n, p in self.model.named_parameters() if n in self.part.owners}
-        told = self._passes.unreached, self._passes.constant
         try:
             self._passes.learn(take_samples(batch, 0, 2), owned)
         except (TypeError, NotImplementedError) as error:
@@ -209,9 +208,7 @@ class Probe:
             if is_out_of_memory(error):
                 raise ProbeMemoryError(TOO_LARGE) from error
             raise
-
-        if (self._passes.unreached, self._passes.constant) != told:
-            self._warn()
+        self._warn()
 
     def _warn(self) -> None:
         """Say which units cannot be measured, because what is measured does not depend on them."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,31 +22,6 @@ def _map(batch: Any, function: Callable[[Tensor], Any]) -> Any:
     return batch
 
 
-def count_samples(batch: Any) -> int:
-    """Return S, the size of dimension 0 of the batch's tensors.
-
-    Raises:
-        ValueError: If the batch holds no tensor, or its tensors disagree about S.
-
-    Example:
-        >>> count_samples({"x": torch.zeros(8, 3), "mask": None})
-        8
-    """
-    sizes: list[int] = []
-    _map(batch, lambda tensor: sizes.append(tensor.shape[0]) if tensor.dim() else None)
-    if not sizes:
-        raise ValueError(
-            f"no tensor with samples found in a batch of type {type(batch).__name__}: pass nested "
-            "dicts, lists or tuples of tensors with the samples in dimension 0"
-        )
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f"the batch's tensors have {sorted(set(sizes))} samples in dimension 0: all must have "
-            "the same number of samples"
-        )
-    return sizes[0]
-
-
 def shapes_of(batch: Any) -> list[tuple[int, ...]]:
     """Return the shapes of a batch's tensors that have dimensions.
 
@@ -60,40 +34,28 @@ def shapes_of(batch: Any) -> list[tuple[int, ...]]:
     return shapes
 
 
-class Extent(NamedTuple):
-    """How large the samples of a batch are, padding and all.
+def count_samples(batch: Any) -> int:
+    """Return S, the size of dimension 0 of the batch's tensors.
 
-    Attributes:
-        elements: Of the largest tensor, per sample; 0.0 where there is none.
-        form: Dimensions of each tensor: what batches of one kind have in common.
+    Raises:
+        ValueError: If the batch holds no tensor, or its tensors disagree about S.
+
+    Example:
+        >>> count_samples({"x": torch.zeros(8, 3), "mask": None})
+        8
     """
-
-    elements: float
-    form: tuple[int, ...]
-
-    @staticmethod
-    def of(batch: Any) -> Extent:
-        """Return the extent of a batch.
-
-        Example:
-            >>> Extent.of((torch.zeros(8, 3, 5), torch.zeros(8)))
-            Extent(elements=15.0, form=(3, 1))
-        """
-        shapes = shapes_of(batch)
-        samples = max((shape[0] for shape in shapes), default=0)
-        most = max((math.prod(shape) for shape in shapes), default=0)
-        return Extent(most / samples if samples else 0.0, tuple(map(len, shapes)))
-
-    def over(self, other: Extent) -> float:
-        """Return how much larger the samples are than another batch's, 1.0 for other kinds of them.
-
-        Example:
-            >>> words = Extent(30.0, (2,))
-            >>> words.over(Extent(60.0, (2,))), words.over(Extent(60.0, (4, 1)))
-            (0.5, 1.0)
-        """
-        alike = self.form == other.form and self.elements and other.elements
-        return self.elements / other.elements if alike else 1.0
+    sizes = [shape[0] for shape in shapes_of(batch)]
+    if not sizes:
+        raise ValueError(
+            f"no tensor with samples found in a batch of type {type(batch).__name__}: pass nested "
+            "dicts, lists or tuples of tensors with the samples in dimension 0"
+        )
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"the batch's tensors have {sorted(set(sizes))} samples in dimension 0: all must have "
+            "the same number of samples"
+        )
+    return sizes[0]
 
 
 def take_samples(batch: Any, start: int, stop: int) -> Any:

@@ -273,7 +273,11 @@ def test_scripted_layers_may_be_anywhere() -> None:
     for skip in ("weights", "units"):
         with Gate(model, Partition(rows("0.weight", even(4, 2)), model), skip=skip) as gate:
             gate.apply([True, False])
+            model.zero_grad()
             model(torch.ones(2, 4)).sum().backward()
+        grad = model[0].weight.grad
+        assert grad is not None
+        assert not grad[2:].any()
 
 
 def test_attention_with_parametrized_weights_rests_in_full() -> None:

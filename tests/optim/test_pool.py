@@ -139,3 +139,23 @@ def test_gradients_and_states_in_another_layout(pools: str) -> None:
             optimizer.step()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_thread_copies_what_it_computes_with(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    param = torch.randn(12, 10)
+    boxes = [(slice(a, a + 1), slice(0, 10)) for a in range(12)]
+    pool = Pool([(param, boxes)], (), [{}], None)
+    elements = torch.empty(len(param) * 10)
+    place = 0
+    shares: list[list[int]] = [[] for _ in range(threads)]
+    for _, _, _, rows, run, flat in pool._boxes_of_both.tolist():
+        # The operation divides what the table lists evenly, torch the tensor.
+        thread = place * threads // (2 * len(elements))
+        start = flat if flat < pool._grads_at else flat - pool._grads_at
+        shares[thread].append(start * threads // len(elements))
+        place += rows * run
+    assert shares == [[thread] * (2 * 12 // threads) for thread in range(threads)]
