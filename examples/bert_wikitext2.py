@@ -238,7 +238,9 @@ def _explain(method: str, args: argparse.Namespace) -> str:
 
 def _report(rows: Sequence[Row], args: argparse.Namespace, text: MaskedText, out: Path) -> None:
     """Print the table; write the result and the picture, and say where they are."""
-    print(f"\nBERT-{args.preset} on {text.source}, {args.max_steps} steps; loss: log perplexity\n")
+    print(
+        f"\nBERT-{args.preset} on the {text.source} corpus, {args.max_steps} steps; loss: log perplexity\n"
+    )
     print(table(rows))
     for line in _verdict(rows):
         print(line)
