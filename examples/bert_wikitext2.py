@@ -239,7 +239,8 @@ def _explain(method: str, args: argparse.Namespace) -> str:
 def _report(rows: Sequence[Row], args: argparse.Namespace, text: MaskedText, out: Path) -> None:
     """Print the table; write the result and the picture, and say where they are."""
     print(
-        f"\nBERT-{args.preset} on the {text.source} corpus, {args.max_steps} steps; loss: log perplexity\n"
+        f"\nBERT-{args.preset} on the {text.source} corpus, {args.max_steps} steps; "
+        "loss: log perplexity\n"
     )
     print(table(rows))
     for line in _verdict(rows):
