@@ -272,6 +272,7 @@ class MAT:
     @contextmanager
     def _ungated(self) -> Iterator[None]:
         self.gate.remove()
+        self.gate.check_alone()
         try:
             yield
         finally:

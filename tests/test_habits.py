@@ -51,14 +51,46 @@ def test_units_that_the_forward_pass_never_reaches_are_named(tmp_path: Path) -> 
 
 
 def test_a_softmax_at_the_end_is_named() -> None:
+    torch.manual_seed(0)
     x = torch.randn(8, 6)
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3), nn.Softmax(1))
+    engine = MAT(net, units="layers")
     with pytest.warns(UserWarning, match="hardly depends on its parameters, as that of a softmax"):
-        MAT(net, units="layers").update(x, step=0)
+        engine.update(x, step=0)
+    engine.close()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*hardly depends.*")
-        MAT(net, units="layers", output="random").update(x, step=0)
-        MAT(net[:-1], units="layers").update(x, step=0)
+        for model, output in ((net, "random"), (net[:-1], "sum_logits")):
+            engine = MAT(model, units="layers", output=output)
+            engine.update(x, step=0)
+            engine.close()
+
+
+def test_noise_of_a_softmax_is_not_taken_for_samples_that_are_mixed() -> None:
+    said = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3), nn.Softmax(1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine = MAT(net, units="layers")
+            try:
+                engine.update(torch.randn(8, 6), step=0)
+                said.append(any("hardly depends" in str(w.message) for w in caught))
+            except ValueError as error:
+                said.append("hardly depends" in str(error))
+    assert all(said)
+
+
+def test_a_model_under_another_gate_is_not_measured() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    first, second = (MAT(net, units="layers") for _ in range(2))
+    first.gate.apply([True, False])
+    with pytest.raises(RuntimeError, match="a gate is on it already"):
+        second.update(torch.randn(8, 6), step=0)
+    first.close()
+    second.update(torch.randn(8, 6), step=0)
 
 
 class Validated(Small):

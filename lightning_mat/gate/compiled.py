@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,12 +29,37 @@ class Gradients(Protocol):
         """Return the gradients of x, weight and bias, those that are needed."""
 
 
-# What trains now, by the number that a graph holds: see Place.
-_places: weakref.WeakValueDictionary[int, Place] = weakref.WeakValueDictionary()
+class Numbered:
+    """What compiled graphs know by its number, which stays while what trains changes."""
+
+    _known: ClassVar[weakref.WeakValueDictionary[int, Numbered]] = weakref.WeakValueDictionary()
+    _count: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        """Take the next number."""
+        # A tensor on the host: a number would be a constant of the graph, one for each layer.
+        self.number = torch.tensor(Numbered._count)
+        Numbered._known[Numbered._count] = self
+        Numbered._count += 1
+
+    @staticmethod
+    def at(number: Tensor) -> Numbered:
+        """Return what has a number.
+
+        Raises:
+            RuntimeError: If it is gone.
+        """
+        found = Numbered._known.get(int(number))
+        if found is None:
+            raise RuntimeError(
+                "the gate of this compiled model was deleted between its forward and its backward "
+                "pass: keep the Gate until the backward pass is done"
+            )
+        return found
 
 
-class Place:
-    """A layer's place in compiled graphs: a number that stays while what trains changes.
+class Place(Numbered):
+    """A layer's place in compiled graphs.
 
     Args:
         plain: ``(x, weight, bias) -> y``, the layer's forward.
@@ -43,18 +68,13 @@ class Place:
         ran: Whether the layer has run with gradients, compiled or not, since the last decision.
     """
 
-    _count = 0
-
     def __init__(self, plain: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> None:
         """Take the next number."""
+        super().__init__()
         self.plain = plain
         self._make: Callable[[], Gradients | None] = lambda: None
         self._gradients: Gradients | None = None
-        # A tensor on the host: a number would be a constant of the graph, one for each layer.
-        self.number = torch.tensor(Place._count)
         self.ran = False
-        _places[Place._count] = self
-        Place._count += 1
 
     def let(self, make: Callable[[], Gradients | None]) -> None:
         """Set what makes the gradients from now on; it is called when a compiled model asks."""
@@ -136,12 +156,7 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight (laid out in strides) and bias, empty where not needed."""
     wanted = (needs[0], needs[1], needs[2])
-    place = _places.get(int(number))
-    if place is None:
-        raise RuntimeError(
-            "the gate of this compiled model was deleted between its forward and its backward "
-            "pass: keep the Gate until the backward pass is done"
-        )
+    place = cast(Place, Numbered.at(number))
     place.ran = True
     with fresh_buffers():
         found = place.gradients(grad, x, weight, bias, wanted)

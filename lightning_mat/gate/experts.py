@@ -1,8 +1,8 @@
 """Gate rule for mixtures that keep their experts in one tensor ``[E, ...]`` for each parameter.
 
 Their forward takes an expert's matrix out of the tensor (``self.down_proj[expert]``) or hands the
-whole of it to a grouped product. During the forward the parameters are exchanged for stand-ins that
-know which experts rest; the module's own code runs with them, whatever it does in between.
+whole of it to a grouped product. During the forward the parameters are exchanged for stand-ins:
+:class:`Stacked`, or, where a compiler traces it, :class:`TracedStack`.
 """
 
 from __future__ import annotations
@@ -10,257 +10,107 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_mat.gate.grouped import Experts, GroupedProduct
-from lightning_mat.gate.once import once_differentiable
+from lightning_mat.gate.grouped import Experts
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
+from lightning_mat.gate.stacked import Stacked
+from lightning_mat.gate.traced import NotTracedError, StackPlace, TracedStack, show_products
 from lightning_mat.units.unit import matrix_shape
 
 # What the forward of a mixture takes in Hugging Face's models, from version 5 on.
 ROUTED = {"hidden_states", "top_k_index", "top_k_weights"}
 
 
-class Stacked(Tensor):
-    """Stands in for a parameter ``[E, ...]`` of which some experts rest.
-
-    Experts that are taken out one by one are slices of the parameter, those at rest constants.
-    Grouped products skip the experts at rest. Everything else sees the parameter itself.
-    """
-
-    param: Tensor
-    experts: Experts
-    turned: bool
-    slices: tuple[Tensor, ...] | None
-
-    @staticmethod
-    def make(param: Tensor, experts: Experts, *, turned: bool = False) -> Stacked:
-        """Return a stand-in; ``turned`` has the last two dimensions exchanged."""
-        # In the graph, as the parameter itself: an operation that does not hear of subclasses, such
-        # as a kernel of one's own, gives its gradient in full, and the parameter's hook clears it.
-        made = (param.transpose(-2, -1) if turned else param).as_subclass(Stacked)
-        made.param, made.experts, made.turned = param, experts, turned
-        made.slices = None
-        return made
-
-    def plain(self) -> Tensor:
-        """Return the parameter, turned as this is."""
-        return self.param.transpose(-2, -1) if self.turned else self.param
-
-    def expert(self, number: int) -> Tensor:
-        """Return one expert's slice, a constant if it rests."""
-        number %= len(self.param)
-        position = self.experts.position(number)
-        if position is not None:
-            if self.slices is None:
-                self.slices = cast("tuple[Tensor, ...]", Slices.apply(self.param, self.experts))
-            return self.slices[position]
-        fixed = self.param.detach()[number]
-        return fixed if self.experts.passes(number) else fixed.as_subclass(Constant)
-
-    def gathered(self, numbers: Tensor) -> Tensor | None:
-        """Return one expert's matrix for each row, None where no gradient has to be cut."""
-        if self.param.dim() != 3 or self.experts.passing.all or numbers.dtype == torch.bool:
-            return None
-        rows = self.param[numbers]
-        # Still in the graph: what knows nothing of subclasses gets gradients in full, none is lost.
-        made = rows.as_subclass(Gathered)
-        made.rows, made.live = rows, self.experts.passing.among(numbers)
-        return made
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Handle what mixtures do with their parameters."""
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            known = _handled(func, args, kwargs)
-            if known is not None:
-                return known
-            out = func(*tree_map(_parameter, args), **tree_map(_parameter, kwargs))
-            stacks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Stacked)]
-            if any(isinstance(x, Tensor) for x in tree_leaves(out)):
-                for stack in stacks:
-                    # Vectors, such as biases, pass gradients on to nothing but themselves.
-                    if stack.param.dim() > 2 and not stack.experts.passing.all:
-                        _refuse(stack.param, func)
-            return out
-
-
-def _handled(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """Return what a function makes of a stand-in, None where it has no special case."""
-    first = args[0] if args else None
-    if isinstance(first, Stacked):
-        if func == Tensor.__getitem__ and not first.turned:
-            number = _number(args[1])
-            if number is not None:
-                return first.expert(number)
-            return first.gathered(args[1]) if isinstance(args[1], Tensor) else None
-        turns = func in (Tensor.transpose, torch.transpose) and not kwargs
-        if turns and sorted(d % first.param.dim() for d in args[1:]) == [1, 2]:
-            return Stacked.make(first.param, first.experts, turned=not first.turned)
-    if func is torch._grouped_mm and len(args) == 2 and isinstance(args[1], Stacked):
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if given.keys() == {"offs"}:
-            stack = args[1]
-            return cast(
-                Tensor,
-                GroupedProduct.apply(
-                    args[0], stack.param, given["offs"], stack.experts, stack.turned
-                ),
-            )
-    return None
-
-
-class Gathered(Tensor):
-    """A matrix for each row, that of its expert, some of which rest.
-
-    Products with it are computed in full, and cut behind: right, but nothing is saved.
-    """
-
-    rows: Tensor
-    live: Tensor
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Make the products of experts at rest constants."""
-        kwargs = kwargs or {}
-        matrices = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Gathered))
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*tree_map(_rows, args), **tree_map(_rows, kwargs))
-            if func is torch.bmm:
-                return torch.where(matrices.live.view(-1, 1, 1), out, out.detach())
-            if any(isinstance(x, Tensor) for x in tree_leaves(out)):
-                _refuse(matrices.rows, func)
-            return out
-
-
-def _rows(x: object) -> object:
-    return x.rows if isinstance(x, Gathered) else x
-
-
-class Constant(Tensor):
-    """An expert at rest whose output is a constant: what is computed with it has no gradient."""
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Compute without gradients; a view of it is one, too."""
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            out = func(*tree_map(_value, args), **tree_map(_value, kwargs or {}))
-            if isinstance(out, Tensor) and all(isinstance(x, Constant) for x in tensors):
-                return out.as_subclass(Constant)
-            return out
-
-
-class Slices(torch.autograd.Function):
-    """The experts that train, each as a tensor, whose gradients are written in one piece."""
-
-    @staticmethod
-    def forward(ctx: Any, param: Tensor, experts: Experts) -> Any:
-        """Return ``param[e]`` for each of them."""
-        ctx.set_materialize_grads(False)
-        ctx.experts = experts
-        shown = param.detach()
-        return tuple(shown[e] for e in experts.train.numbers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradient of all experts: zero for those at rest."""
-        experts: Experts = ctx.experts
-        if all(grad is None for grad in grads):  # what came after passed none on
-            return None, None
-        result = experts.rest.zeros(next(g.dtype for g in grads if g is not None))
-        for number, grad in zip(experts.train.numbers, grads, strict=True):
-            if grad is None:  # no token was routed to it
-                result[number].zero_()
-            else:
-                result[number].copy_(grad)
-        return experts.rest.deliver(result), None
-
-
-def _number(index: object) -> int | None:
-    """Return an index that takes one expert as a number, None for any other index."""
-    if isinstance(index, Tensor):
-        # PyTorch reads it from the device in the same way.
-        return int(index) if index.dim() == 0 and index.dtype != torch.bool else None
-    return index if isinstance(index, int) and not isinstance(index, bool) else None
-
-
-def _parameter(x: object) -> object:
-    return x.plain() if isinstance(x, Stacked) else x
-
-
-def _value(x: object) -> object:
-    return x.as_subclass(Tensor) if isinstance(x, Constant) else x
-
-
-def _refuse(param: Tensor, func: Callable[..., Any]) -> None:
-    """Raise where gradients would travel through experts at rest."""
-    raise RuntimeError(
-        f'skip="units" cannot cut the gradients through experts at rest in '
-        f"{getattr(func, '__name__', func)!r} of a parameter {list(param.shape)}: "
-        'use skip="weights", or take experts out one by one or in grouped products (in Hugging '
-        'Face set_experts_implementation("eager") or "grouped_mm")'
-    )
-
-
 class Mixture:
-    """The forward of a mixture of which experts may rest; a module has one, whatever rests."""
+    """The forward of a mixture of which experts may rest; a module has one, whatever rests.
 
-    def __init__(self) -> None:
+    Attributes:
+        places: Those of the parameters that are matrices of experts.
+        products: Whether their products are made for all experts in one operation.
+        cuts: Whether there are decisions in which some experts pass no gradients on.
+        opaque: Whether it was traced, and did something else with them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         """Start with nothing at rest."""
+        self.places = {
+            name: StackPlace()
+            for name, param in module._parameters.items()
+            if param is not None and param.dim() > 2
+        }
+        self.products = self.cuts = self.opaque = False
         self._experts: dict[str, Experts] = {}
-        self.compiles = True
 
-    def let(self, rests: Mapping[str, Rest]) -> None:
+    def let(self, module: nn.Module, rests: Mapping[str, Rest]) -> None:
         """Set what rests from now on."""
+        self.products = _makes_products(module)
+        if self.products:
+            show_products()
         self._experts = {name: Experts(rest) for name, rest in rests.items()}
+        for name, place in self.places.items():
+            place.experts = self._experts.get(name)
         if rests:  # otherwise as it was: compiled models should not see a difference
-            self.compiles = all(rest.passes for rest in rests.values())
+            self.cuts = not all(rest.passes for rest in rests.values())
 
     @functools.cached_property
-    def uncompiled(self) -> Forward:
-        """:meth:`run` as compiled models may call it."""
-        return cast(Forward, torch.compiler.disable(self.run))
+    def run(self) -> Forward:
+        """:meth:`_run`, in which no compiler should find the stand-ins of one decision."""
+        return cast(Forward, torch.compiler.disable(self._run))
 
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output, computed with stand-ins for its parameters."""
-        params = module._parameters
-        held = {name: params[name] for name in self._experts}
-        try:
-            for name, experts in self._experts.items():
-                param = cast(nn.Parameter, params[name])
-                used = param if experts.train.numbers else param.detach()
-                params[name] = cast(nn.Parameter, Stacked.make(used, experts))
-            return type(module).forward(module, *args, **kwargs)
-        finally:
-            params.update(held)
+        stand_ins = {}
+        for name, experts in self._experts.items():
+            param = cast(nn.Parameter, module._parameters[name])
+            used = param if experts.train.numbers else param.detach()
+            stand_ins[name] = Stacked.make(used, experts)
+        return _run_with(stand_ins, module, *args, **kwargs)
+
+    def trace(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output, for a compiler: what is traced knows no decision.
+
+        Raises:
+            NotTracedError: If the module uses one of them in another way than such products.
+        """
+        stand_ins = {}
+        seen: dict[StackPlace, None] = {}
+        for name, place in self.places.items():
+            param = cast(nn.Parameter, module._parameters[name])
+            stand_ins[name] = TracedStack.make(param, place, cuts=self.cuts, seen=seen)
+        out = _run_with(stand_ins, module, *args, **kwargs)
+        if len(seen) < len(stand_ins):
+            raise NotTracedError
+        return out
+
+
+def _run_with(stand_ins: Mapping[str, Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return the module's output, with other tensors for some of its parameters."""
+    params = module._parameters
+    held = {name: params[name] for name in stand_ins}
+    try:
+        for name, stand_in in stand_ins.items():
+            params[name] = cast(nn.Parameter, stand_in)
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        params.update(held)
+
+
+def _makes_products(module: nn.Module) -> bool:
+    """Return whether a mixture makes the products of all experts in one operation.
+
+    A guess before its forward is traced: what goes through the experts one by one mostly breaks a
+    graph itself, in the midst of which no stand-in should be found.
+    """
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if chosen is not None:  # Hugging Face's
+        return chosen in ("grouped_mm", "batched_mm")
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and not {"grouped_mm", "_grouped_mm"}.isdisjoint(code.co_names)
 
 
 _mixtures: weakref.WeakKeyDictionary[nn.Module, Mixture] = weakref.WeakKeyDictionary()
@@ -272,24 +122,27 @@ def stacked_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | None
     Register it for a mixture of your own, whose forward takes experts out of its parameters by
     number: ``register_gate_rule(MyExperts, stacked_rule, always=True)``.
 
-    In a compiled model it skips nothing with ``skip="weights"``, and runs uncompiled with
+    In a compiled model its grouped products are in the graph, as any other layer. Where experts
+    are taken out one by one, it skips nothing with ``skip="weights"``, and runs uncompiled with
     ``skip="units"``.
     """
     for rest in rests.values():
         columns = ((0, matrix_shape(rest.param.shape)[1]),)
         if any(block.columns != columns for block in (*rest.blocks, *rest.passing)):
             return None
-    mixture = _mixtures.get(module) or Mixture()
+    mixture = _mixtures.get(module) or Mixture(module)
     _mixtures[module] = mixture
-    mixture.let(rests)
-    if not mixture.compiles:
-        _ = mixture.uncompiled  # made here, not within a compiled model
+    mixture.let(module, rests)
+    _ = mixture.run  # made here, not within a compiled model
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and mixture.products and not mixture.opaque:
+            try:
+                return mixture.trace(module, *args, **kwargs)
+            except NotTracedError:
+                mixture.opaque = True
+        if mixture.cuts or not torch.compiler.is_compiling():
             return mixture.run(module, *args, **kwargs)
-        if not mixture.compiles:
-            return mixture.uncompiled(module, *args, **kwargs)
         # Gradients in full: the parameters' hooks clear what rests.
         return type(module).forward(module, *args, **kwargs)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import cast
 
@@ -273,10 +274,14 @@ class Gate:
         self._install(site, run)
 
     def _install(self, site: Site, run: Forward | None) -> None:
-        try:
+        with _naming(site):
             site.gated.install(run)
-        except RuntimeError as error:
-            raise RuntimeError(f"module {site.path!r}: {error}") from None
+
+    def check_alone(self) -> None:
+        """Raise a RuntimeError if another gate is on the model."""
+        for site in self._sites.all():
+            with _naming(site):
+                site.gated.check_alone()
 
     def _check_passes(self, site: Site, own: dict[str, Rest]) -> None:
         """Raise where the gradients through a module would have to be cut without a rule."""
@@ -321,6 +326,15 @@ def _is_constant(module: nn.Module, own: dict[str, Rest]) -> bool:
     return all(rest.cut for rest in own.values()) and own.keys() >= {
         name for name, _ in module.named_parameters()
     }
+
+
+@contextmanager
+def _naming(site: Site) -> Iterator[None]:
+    """Name the module in errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"module {site.path!r}: {error}") from None
 
 
 def _forget(site: Site) -> None:

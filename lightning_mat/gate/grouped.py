@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,29 @@ class Experts:
         return number in self._passes
 
 
+def by_loop(func: Callable[..., Any]) -> bool | None:
+    """Return whether a grouped product goes through the experts one by one; None for other things.
+
+    ``F.grouped_mm`` does not. Where that has no kernel, Hugging Face's models have their own.
+    """
+    if func is torch._grouped_mm:
+        return False
+    if getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback":
+        return True
+    return None
+
+
+_TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.swapdims)
+_MT = Tensor.mT.__get__  # type: ignore[attr-defined]
+
+
+def turns(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function exchanges the last two dimensions of ``args[0]``, ``[E, n, m]``."""
+    if func in _TRANSPOSES and not kwargs:
+        return sorted(d % 3 for d in args[1:]) == [1, 2]
+    return bool(func == _MT)
+
+
 class GroupedProduct(torch.autograd.Function):
     r"""Rows times their expert's matrix, where some experts rest.
 
@@ -110,55 +133,116 @@ class GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, offs: Tensor, experts: Experts, turned: bool
+        ctx: Any,
+        func: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        offs: Tensor,
+        experts: Experts,
+        turned: bool,
     ) -> Tensor:
-        """Return ``F.grouped_mm(x, weight, offs=offs)``.
+        """Return ``func(x, weight, offs=offs)``.
 
         Args:
             ctx: What autograd keeps for the backward pass.
+            func: The product, one that :func:`by_loop` knows.
             x: Shape ``[S, n]``, sorted by expert.
             weight: Shape ``[E, n, m]``, or ``[E, m, n]`` if turned.
             offs: Where each expert's rows end, shape ``[E]``.
             experts: Who trains, and who passes gradients on.
             turned: Whether the weight is taken with its last two dimensions exchanged.
         """
+        ctx.loop = bool(by_loop(func))
         ctx.experts, ctx.turned, ctx.x_shape = experts, turned, x.shape
-        kept = order = ends = None
-        if ctx.needs_input_grad[1] and experts.train.numbers:
-            order, ends = experts.train.rows(offs, len(x))
-            kept = x[order]
-        needed = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(kept, order, ends, needed, offs)
-        return F.grouped_mm(x, weight.transpose(-2, -1) if turned else weight, offs=offs)
+        kept: Kept = (None, None, None)
+        if ctx.needs_input_grad[2] and experts.train.numbers:
+            kept = keep(x, offs, experts.train, loop=ctx.loop)
+        needed = weight if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(*kept, needed, offs)
+        return func(x, weight.transpose(-2, -1) if turned else weight, offs=offs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the rows and of the weight."""
         experts: Experts = ctx.experts
-        kept, order, ends, weight, offs = ctx.saved_tensors
+        *kept, weight, offs = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_weight = None
-        if weight is not None:
-            grad_x = _row_gradient(grad, weight, offs, experts.passing, ctx.x_shape, ctx.turned)
-        if kept is not None:
-            rows = grad[order]
-            left, right = (rows, kept) if ctx.turned else (kept, rows)
-            found = F.grouped_mm(left.t(), right, offs=ends)
-            grad_weight = experts.rest.zeros(found.dtype)
-            grad_weight.index_copy_(0, experts.train.index(found.device), found)
-            grad_weight = experts.rest.deliver(grad_weight)
-        return grad_x, grad_weight, None, None, None
+        if weight is not None and experts.passing.numbers:
+            grad_x = row_gradient(
+                grad, weight, offs, experts.passing, turned=ctx.turned, loop=ctx.loop
+            )
+        if kept[0] is not None:
+            found = weight_gradient(
+                grad,
+                kept,
+                experts.train,
+                experts.rest.zeros(grad.dtype),
+                turned=ctx.turned,
+                loop=ctx.loop,
+            )
+            grad_weight = experts.rest.deliver(found)
+        return None, grad_x, grad_weight, None, None, None
 
 
-def _row_gradient(
-    grad: Tensor, weight: Tensor, offs: Tensor, passing: Chosen, shape: torch.Size, turned: bool
-) -> Tensor | None:
+# Rows of the input, which rows those are (None: all), and where each expert's end.
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def keep(x: Tensor, offs: Tensor, train: Chosen, *, loop: bool) -> Kept:
+    """Return what the gradient of a weight needs of the input, for the experts that train."""
+    if loop or train.all:
+        return x, None, offs
+    order, ends = train.rows(offs, len(x))
+    return x[order], order, ends
+
+
+def weight_gradient(
+    grad: Tensor,
+    kept: Sequence[Tensor | None],
+    train: Chosen,
+    result: Tensor,
+    *,
+    turned: bool,
+    loop: bool,
+) -> Tensor:
+    """Return the gradient of a weight, zero for experts that rest; perhaps not ``result`` itself.
+
+    Args:
+        grad: Gradient of the product, shape ``[S, m]``.
+        kept: What :func:`keep` returned.
+        train: Who trains.
+        result: Where it is written to, zero in what rests.
+        turned: As in :meth:`GroupedProduct.forward`.
+        loop: Whether to go through the experts one by one.
+    """
+    x, order, ends = kept
+    assert x is not None
+    assert ends is not None
+    rows = grad if order is None else grad[order]
+    left, right = (rows, x) if turned else (x, rows)
+    if loop:
+        for expert, part in _parts(train, ends):
+            result[expert].copy_(left[part].t() @ right[part])
+        return result
+    found = F.grouped_mm(left.t(), right, offs=ends)
+    return found if train.all else result.index_copy_(0, train.index(found.device), found)
+
+
+def row_gradient(
+    grad: Tensor, weight: Tensor, offs: Tensor, passing: Chosen, *, turned: bool, loop: bool
+) -> Tensor:
     """Return the gradient of the rows, zero for experts that pass none on."""
-    if not passing.numbers:
-        return None
+    back = weight if turned else weight.transpose(-2, -1)
+    shape = (len(grad), back.shape[-1])
+    if loop:
+        result = grad.new_zeros(shape)
+        for expert, part in _parts(passing, offs):
+            torch.mm(grad[part], back[expert], out=result[part])
+        return result
     if passing.all:
-        return F.grouped_mm(grad, weight if turned else weight.transpose(-2, -1), offs=offs)
+        return F.grouped_mm(grad, back, offs=offs)
     order, ends = passing.rows(offs, len(grad))
     chosen = weight.index_select(0, passing.index(weight.device))
     found = F.grouped_mm(grad[order], chosen if turned else chosen.transpose(-2, -1), offs=ends)
@@ -166,3 +250,9 @@ def _row_gradient(
         position = torch.arange(len(order), device=found.device)
         found = found.masked_fill((position >= ends[-1]).unsqueeze(1), 0.0)
     return found.new_zeros(shape).index_copy_(0, order, found)
+
+
+def _parts(chosen: Chosen, offs: Tensor) -> Iterable[tuple[int, slice]]:
+    """Return some experts and their rows; the host waits for the device here."""
+    ends = [0, *offs.tolist()]
+    return [(e, slice(ends[e], ends[e + 1])) for e in chosen.numbers]

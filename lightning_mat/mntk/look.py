@@ -129,7 +129,7 @@ def sample_ids(call: Call, plain: Tensor, weighted: Tensor, samples: int) -> Ten
     try:
         return row_ids(plain, weighted, plain.dim() - 1, samples)
     except CrossSampleError as error:
-        raise ValueError(
+        raise CrossSampleError(
             f"layer {call.site!r} ({type(call.module).__name__}) has no per-sample gradient: "
             f"{error}. A layer above it mixes the samples of a batch; leave the units below that "
             "layer out, or replace it"

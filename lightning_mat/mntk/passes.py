@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mat.mntk.collect import Collector, GradientSum
 from lightning_mat.mntk.head import collapsed
-from lightning_mat.mntk.layout import Layout, sketch
+from lightning_mat.mntk.layout import CrossSampleError, Layout, sketch
 from lightning_mat.mntk.look import Look, look, sample_ids
 from lightning_mat.mntk.outputs import Output
 from lightning_mat.mntk.samples import count_samples
@@ -21,6 +21,15 @@ from lightning_mat.mntk.tape import Call, Tape
 
 class IrregularError(Exception):
     """A layer's rows are not laid out as they were when the model was first looked at."""
+
+
+def constant_output(model: nn.Module) -> str:
+    """Return what is wrong where the sum of a model's outputs is a constant."""
+    return (
+        f"the sum of what {type(model).__name__} returns hardly depends on its parameters, as that "
+        "of a softmax does not: λ_max would be rounding noise. Return logits, or measure another "
+        "output (output='random' or 'loss')"
+    )
 
 
 class Passes:
@@ -46,6 +55,7 @@ class Passes:
         self.routed = False
         self.unreached: frozenset[str] = frozenset()
         self.constant = False
+        self._tolerance = 0.0
 
     @property
     def output(self) -> Output:
@@ -69,31 +79,47 @@ class Passes:
             ValueError: If a layer mixes the samples, or a parameter is used where no layer's call
                 shows it; the message names it.
         """
-        self.look = look(self._scalars, self._modules, self._names, batch)
-        self.routed = self.look.routed
-        try:
-            self._verify(batch, owned)
-        except BaseException:
-            self.look = None  # what was not checked is looked at again
-            raise
+        plain = self._differentiate(batch, owned)
+        with self._naming_constants():
+            self.look = look(self._scalars, self._modules, self._names, batch)
+            self.routed = self.look.routed
+            try:
+                self._verify(batch, plain)
+            except BaseException:
+                self.look = None  # what was not checked is looked at again
+                raise
 
-    def _verify(self, batch: Any, owned: Mapping[str, nn.Parameter]) -> None:
-        """Compare the layers' per-sample gradients, added up, with the plain gradient."""
-        samples = count_samples(batch)
+    def _differentiate(self, batch: Any, owned: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Return the plain gradient of every owned parameter."""
         for parameter in owned.values():
             parameter.requires_grad_(True)
         try:
-            total = self._scalars(batch, samples).sum()
+            total = self._scalars(batch, count_samples(batch)).sum()
             found = torch.autograd.grad(total, list(owned.values()), allow_unused=True)
         finally:
             for parameter in owned.values():
                 parameter.requires_grad_(False)
+        self._tolerance = 1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2
         plain = dict(zip(owned, found, strict=True))
         self.unreached = frozenset(name for name, grad in plain.items() if grad is None)
-        expected = {n: torch.zeros_like(owned[n]) if g is None else g for n, g in plain.items()}
-        tolerance = 1e-3 if total.dtype in (torch.float32, torch.float64) else 5e-2
-        effects = [float(grad.norm() * owned[name].norm()) for name, grad in expected.items()]
-        self.constant = max(effects, default=0.0) < 1e-2 * tolerance * float(total.detach().abs())
+        grads = {n: torch.zeros_like(owned[n]) if g is None else g for n, g in plain.items()}
+        effects = [float(grad.norm() * owned[name].norm()) for name, grad in grads.items()]
+        size = float(total.detach().abs())
+        self.constant = max(effects, default=0.0) < 1e-2 * self._tolerance * size
+        return grads
+
+    @contextmanager
+    def _naming_constants(self) -> Iterator[None]:
+        """Name what is wrong with a model's output where its noise looks like mixed samples."""
+        try:
+            yield
+        except CrossSampleError:
+            if self.constant and self.output == "sum_logits":
+                raise ValueError(constant_output(self._scalars.model)) from None
+            raise
+
+    def _verify(self, batch: Any, expected: Mapping[str, Tensor]) -> None:
+        """Compare the layers' per-sample gradients, added up, with the plain gradient."""
         collector = GradientSum(expected)
         while True:
             try:
@@ -104,7 +130,7 @@ class Passes:
                 collector = GradientSum(expected)
         collector.finish()
         if not self.constant:  # rounding noise adds up to nothing
-            collector.check(tolerance)
+            collector.check(self._tolerance)
 
     def run(
         self, batch: Any, modules: Mapping[str, nn.Module], collector: Collector, last: bool
@@ -145,7 +171,8 @@ class Passes:
             arrived(call)
         tape.backward(scalars, keep=ragged)
         if ragged:
-            self._find_rows(tape, scalars, waiting, collector, samples)
+            with self._naming_constants():
+                self._find_rows(tape, scalars, waiting, collector, samples)
         for call in [call for call in waiting if call.rule is None]:
             collector.add(call, layouts[id(call)], samples)
 

@@ -20,7 +20,7 @@ from lightning_mat.mntk.memory import (
     memory_errors,
 )
 from lightning_mat.mntk.outputs import Forward, Output, check_output, default_forward
-from lightning_mat.mntk.passes import IrregularError, Passes
+from lightning_mat.mntk.passes import IrregularError, Passes, constant_output
 from lightning_mat.mntk.plan import MIN_WORKSPACE, Footprint, make_plan
 from lightning_mat.mntk.quiet import PRECISIONS, quiet
 from lightning_mat.mntk.rules.norm import NO_STATISTICS
@@ -233,12 +233,7 @@ class Probe:
                 stacklevel=2,
             )
         elif self._passes.constant and self._passes.output == "sum_logits":
-            warnings.warn(
-                f"the sum of what {type(self.model).__name__} returns hardly depends on its "
-                "parameters, as that of a softmax does not: λ_max would be rounding noise. Return "
-                "logits, or measure another output (output='random' or 'loss')",
-                stacklevel=2,
-            )
+            warnings.warn(constant_output(self.model), stacklevel=2)
 
     def _measure(self, batch: Any, samples: int, micro: int) -> tuple[Solved, Tensor]:
         """Return the eigenvalues and the costs ``[L]``."""

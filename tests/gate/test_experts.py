@@ -324,29 +324,6 @@ def test_grouped_products_skip_the_experts_at_rest():
         assert 3 * 2 * TOKENS * product - counter.total == rested * product * parts
 
 
-@pytest.mark.parametrize("skip", SKIPS)
-def test_compiled_mixtures_are_right_and_do_not_compile_anew(skip):
-    torch._dynamo.reset()
-    model = mixtral_experts("batched_mm" if skip == "weights" else "grouped_mm", torch.float32)
-    twin = copy.deepcopy(model)
-    part = partition(model, "experts")
-    frames = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=frames)
-    inputs = routed(torch.float32)
-    counts = set()
-    with Gate(model, part, skip=skip) as gate, Gate(twin, part, skip=skip) as other:
-        for active in (*DECISIONS[:2], [True, True, False, False], [False, False, True, True]):
-            gate.apply(active)
-            other.apply(active)
-            for run, m in ((compiled, model), (twin, twin)):
-                m.zero_grad()
-                run(*inputs).square().sum().backward()
-            for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-                assert_close(a.grad, b.grad, 1e-5)
-            counts.add(frames.frame_count)
-    assert len(counts) == 1
-
-
 def test_rows_of_chosen_experts_are_found_without_counting():
     chosen = Chosen([1, 3], 4, torch.device("cpu"))
     offs = torch.tensor([2, 5, 5, 7], dtype=torch.int32)

@@ -1,0 +1,210 @@
+"""Batched experts in a compiled model: one graph whatever the decision, without breaks."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_mat import flops
+from lightning_mat.gate import Gate
+from lightning_mat.gate.grouped import Chosen, keep, row_gradient, weight_gradient
+from lightning_mat.units import partition
+from tests.gate.cases import assert_close
+from tests.gate.test_experts import (
+    DECISIONS,
+    INNER,
+    SKIPS,
+    WIDTH,
+    Holder,
+    Stack,
+    mixtral_experts,
+    routed,
+)
+
+# Hugging Face compiles grouped products of other formats by an operation of its own.
+CASES = [
+    ("grouped_mm", torch.float64, 1e-10),
+    ("grouped_mm", torch.float32, 1e-5),
+    ("grouped_mm", torch.bfloat16, 2e-2),
+    ("batched_mm", torch.float64, 1e-10),
+]
+
+
+Gradients = dict[str, Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(
+    run: Callable[..., Tensor], model: nn.Module, inputs: tuple[Tensor, ...]
+) -> Gradients:
+    """Return the gradients of parameters and leaves, and drop them."""
+    leaves = {**dict(model.named_parameters()), "x": inputs[0], "weights": inputs[2]}
+    run(*inputs).square().sum().backward()
+    found = {name: leaf.grad for name, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.grad = None
+    return found
+
+
+def assert_alike(found: Gradients, wanted: Gradients, tolerance: float) -> None:
+    """Compare gradients, where none is as good as zeros."""
+    for name, expected in wanted.items():
+        grad = found[name]
+        if grad is None:
+            assert expected is None or not expected.any()
+        else:
+            zeros = torch.zeros_like(grad)
+            assert_close(grad, zeros if expected is None else expected, tolerance)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize(("implementation", "dtype", "tolerance"), CASES)
+def test_a_hundred_decisions_take_one_graph_without_breaks(implementation, dtype, tolerance, skip):
+    """The oracle is the gate of the loop over the experts, which test_experts.py tests."""
+    model = mixtral_experts(implementation, dtype)
+    loop = mixtral_experts("eager", dtype)
+    part = partition(model, "experts")
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+    inputs = routed(dtype)
+    gradients(compiled, model, inputs)
+    assert frames.frame_count == 1
+    draw = random.Random(0)
+    with Gate(model, part, skip=skip) as gate, Gate(loop, part, skip=skip) as other:
+        for turn in range(100):
+            active = [draw.random() < 0.5 for _ in range(4)]
+            if turn % 10 and dtype == torch.float64:
+                gate.apply(active)
+                gradients(compiled, model, inputs)
+                continue
+            if turn % 50 and dtype != torch.float64:
+                continue
+            for each in (gate, other):
+                each.apply(active)
+            wanted = gradients(loop, loop, inputs)
+            assert_alike(gradients(compiled, model, inputs), wanted, tolerance)
+    assert frames.frame_count == 2
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_the_default_compiler_gives_the_same_gradients(implementation):
+    model = mixtral_experts(implementation, torch.float32)
+    twin = copy.deepcopy(model)
+    part = partition(model, "experts")
+    inputs = routed(torch.float32)
+    compiled = torch.compile(model, fullgraph=True)
+    with Gate(model, part, skip="units") as gate, Gate(twin, part, skip="units") as other:
+        for active in DECISIONS:
+            for each in (gate, other):
+                each.apply(active)
+            found = gradients(compiled, model, inputs)
+            assert_alike(found, gradients(twin, twin, inputs), 1e-5)
+
+
+# Rows of each expert, and rows of nobody behind them.
+SIZES = [([3, 0, 5, 2], 0), ([1], 0), ([0, 0, 4], 3), ([7, 1], 2)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("sizes", "beyond"), SIZES)
+def test_both_kinds_of_product_have_the_same_gradients(sizes, beyond, turned):
+    """In one operation for all experts, and expert by expert; what rests costs nothing in both."""
+    torch.manual_seed(0)
+    count, rows = len(sizes), sum(sizes) + beyond
+    offs = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+    x, grad = torch.randn(rows, WIDTH), torch.randn(rows, INNER)
+    weight = torch.randn(count, *((INNER, WIDTH) if turned else (WIDTH, INNER)))
+    for bits in range(1, 2**count):
+        chosen = Chosen([e for e in range(count) if bits >> e & 1], count, x.device)
+        found, costs = [], []
+        for loop in (False, True):
+            with flops.count() as counter:
+                kept = keep(x, offs, chosen, loop=loop)
+                result = torch.zeros_like(weight)
+                one = weight_gradient(grad, kept, chosen, result, turned=turned, loop=loop)
+                two = row_gradient(grad, weight, offs, chosen, turned=turned, loop=loop)
+            found.append((one, two[: sum(sizes)]))
+            costs.append(counter.total)
+        for one, two in zip(*found, strict=True):
+            assert_close(one, two, 1e-5)
+        trained = sum(sizes[e] for e in chosen.numbers)
+        assert costs[1] == 2 * 2 * trained * WIDTH * INNER
+        # What is counted of one operation goes by its shape, with the rows of nobody.
+        assert costs[0] == costs[1] or (chosen.all and beyond)
+
+
+class Own(Stack):
+    """A mixture of one's own that makes grouped products."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen, order = top_k_index.flatten().sort()
+        ends = torch.bincount(chosen, minlength=4).cumsum(0, dtype=torch.int32)
+        rows = hidden_states[order // top_k_index.shape[1]]
+        h = F.gelu(F.grouped_mm(rows, self.up_proj.transpose(1, 2), offs=ends))
+        y = F.grouped_mm(h, self.down_proj.mT, offs=ends)
+        y = y * top_k_weights.flatten()[order, None]
+        out = torch.zeros_like(hidden_states)
+        return out.index_add(0, order // top_k_index.shape[1], y)
+
+
+class Mixed(Own):
+    """One whose second product goes through the experts one by one."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        h = F.grouped_mm(
+            hidden_states, self.up_proj.mT, offs=torch.arange(1, 5, dtype=torch.int32) * 10
+        )
+        return torch.stack([h @ self.down_proj[e].T for e in range(4)])
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("kind", [Own, Mixed, Stack])
+def test_a_mixture_of_ones_own(kind, skip):
+    """Where it goes through its experts one by one, it may break the graph, but is right."""
+    torch.manual_seed(0)
+    model = Holder(kind(False, False)).bfloat16()
+    twin = copy.deepcopy(model)
+    part = partition(model, "experts")
+    inputs = routed(torch.bfloat16)
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=frames, fullgraph=kind is Own)
+    counts = []
+    with Gate(model, part, skip=skip) as gate, Gate(twin, part, skip=skip) as other:
+        for active in (*DECISIONS[:2], [True, True, False, False], [False, False, True, True]):
+            for each in (gate, other):
+                each.apply(active)
+            wanted = gradients(twin, twin, inputs)
+            assert_alike(gradients(compiled, model, inputs), wanted, 2e-2)
+            counts.append(frames.frame_count)
+    # What one of its forwards does is found out once.
+    assert len(set(counts[kind is not Own :])) == 1
+
+
+def test_products_that_the_compiler_does_not_show_are_not_traced(monkeypatch):
+    """As with a compiler whose list of functions is no set any more: right, with a graph break."""
+    model = Holder(Own(False, False)).bfloat16()
+    twin = copy.deepcopy(model)
+    part = partition(model, "experts")
+    inputs = routed(torch.bfloat16)
+    compiled = torch.compile(model, backend="aot_eager")
+    monkeypatch.setattr("lightning_mat.gate.experts.show_products", lambda: None)
+    shown = torch._dynamo.variables.torch.get_overridable_functions()
+    shown.discard(torch._grouped_mm)
+    with Gate(model, part, skip="units") as gate, Gate(twin, part, skip="units") as other:
+        for each in (gate, other):
+            each.apply(DECISIONS[0])
+        wanted = gradients(twin, twin, inputs)
+        assert_alike(gradients(compiled, model, inputs), wanted, 2e-2)
