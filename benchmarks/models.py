@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,38 @@ def _switch(
     return Switch(SwitchConfig(layers, hidden, vocabulary, length, dropout))
 
 
+def _mixtral(
+    dropout: float | None,
+    *,
+    length: int,
+    vocabulary: int,
+    layers: int = 4,
+    hidden: int = 512,
+    experts: int = 8,
+) -> nn.Module:
+    """Return a decoder whose experts are batched tensors, multiplied by grouped products."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_local_experts=experts,
+        max_position_embeddings=length,
+        use_cache=False,
+    )
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")
+    return cast(nn.Module, model)
+
+
+def _next_word_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return cast(Tensor, model(batch["input_ids"], labels=batch["input_ids"]).loss)
+
+
 def _vit(dropout: float, **sizes: int) -> nn.Module:
     return ViT(ViTConfig(**sizes, dropout=dropout))
 
@@ -175,6 +207,18 @@ WORKLOADS: dict[str, Workload] = {
         quick={**_QUICK_WORDS, "layers": 2, "hidden": 64},
         **_MLM,
     ),
+    "mixtral": Workload(
+        title="Mixtral, 4 layers of 8 batched experts, T = 128",
+        units="heads+experts",
+        make=_mixtral,
+        draw=_draw_words,
+        loss=_next_word_loss,
+        blocks=lambda m: [[layer] for layer in m.model.layers],
+        branches=lambda m: [[x.self_attn for x in m.model.layers], [x.mlp for x in m.model.layers]],
+        batch_size={"cpu": 16, "cuda": 128},
+        full={"length": 128, "vocabulary": 8192},
+        quick={**_QUICK_WORDS, "layers": 2, "hidden": 64, "experts": 4},
+    ),
     "bert-base": Workload(
         title="BERT-base, T = 512",
         units="heads+ffn",
@@ -190,5 +234,5 @@ WORKLOADS: dict[str, Workload] = {
 for _name in ("vgg16", "resnet18"):
     WORKLOADS[f"{_name}-norms"] = _with_norms(WORKLOADS[_name])
 
-#: What ``--model all`` stands for: BERT-base asks for a GPU.
-ALL = tuple(name for name in WORKLOADS if name != "bert-base")
+#: What ``--model all`` stands for: BERT-base asks for a GPU, Mixtral for transformers.
+ALL = tuple(name for name in WORKLOADS if name not in ("bert-base", "mixtral"))

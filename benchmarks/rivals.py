@@ -144,9 +144,9 @@ class _Branch:
         self.dropped = False
         module.forward = self  # type: ignore[method-assign]
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.set_grad_enabled(not self.dropped):
-            return self.inner(*args)
+            return self.inner(*args, **kwargs)
 
 
 def _freeze(

@@ -133,7 +133,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=(*WORKLOADS, "all"),
         default=["all"],
         metavar="NAME",
-        help=f"{', '.join(WORKLOADS)}, or all (the default) for all but bert-base",
+        help=f"{', '.join(WORKLOADS)}, or all (the default) for all but bert-base and "
+        "mixtral (which needs transformers)",
     )
     add("--skip", nargs="+", choices=SKIPS, default=list(SKIPS), help="ways of skipping")
     add("--compile", choices=("no", "yes", "both"), default="no", help="torch.compile the models")

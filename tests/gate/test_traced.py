@@ -32,7 +32,15 @@ from tests.gate.test_experts import (
 CASES = [
     ("grouped_mm", torch.float64, 1e-10),
     ("grouped_mm", torch.float32, 1e-5),
-    ("grouped_mm", torch.bfloat16, 2e-2),
+    pytest.param(
+        "grouped_mm",
+        torch.bfloat16,
+        2e-2,
+        marks=pytest.mark.skipif(
+            torch.torch_version.TorchVersion(torch.__version__) < (2, 11),
+            reason="Hugging Face's own code breaks the graph, to look at addresses",
+        ),
+    ),
     ("batched_mm", torch.float64, 1e-10),
 ]
 
