@@ -157,8 +157,7 @@ def count() -> Iterator[FlopCount]:
         >>> counter.total  # 2 × 5 tokens × 3 inputs × 4 outputs
         120
     """
-    convolution = {torch.ops.aten.convolution_backward: _convolution_backward}
-    mode = _Counter(convolution)
+    mode = _Counter(_OWN)
     with _eager, mode:
         yield FlopCount(mode)
 
@@ -230,7 +229,8 @@ def _grouped_mm(a: Sequence[int], b: Sequence[int], *args: object, **kwargs: obj
 def _sdpa(
     query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: object, **kwargs: object
 ) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    """Return PyTorch's count, which in some versions knows no heads that share keys and values."""
+    return int(sdpa_flop_count(query, _repeated(key, query), _repeated(value, query)))
 
 
 def _sdpa_backward(
@@ -241,10 +241,25 @@ def _sdpa_backward(
     *args: object,
     **kwargs: object,
 ) -> int:
+    key, value = _repeated(key, query), _repeated(value, query)
     return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+def _repeated(shape: Sequence[int], query: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of keys or values with a head for each of the query's."""
+    return (shape[0], query[1], *shape[2:])
 
 
 # Operations that some PyTorch versions run without having a formula for them.
 register(torch.ops.aten._grouped_mm, _grouped_mm)
 register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _sdpa)
 register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _sdpa_backward)
+# And those whose formula is another in some: in place of PyTorch's own while a count is open.
+_OWN: dict[object, Callable[..., int]] = {
+    torch.ops.aten.convolution_backward: _convolution_backward
+}
+for _kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
+    _OWN[getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}")] = _sdpa
+    _OWN[getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}_backward")] = _sdpa_backward
+_OWN[torch.ops.aten._scaled_dot_product_cudnn_attention] = _sdpa
+_OWN[torch.ops.aten._scaled_dot_product_cudnn_attention_backward] = _sdpa_backward

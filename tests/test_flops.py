@@ -42,6 +42,22 @@ def test_fused_attention_on_the_cpu_is_counted():
     assert backward.total == 5 * product
 
 
+def test_heads_that_share_keys_and_values_are_counted():
+    q = torch.randn(2, 8, 5, 4, requires_grad=True)
+    k, v = (torch.randn(2, 2, 7, 4, requires_grad=True) for _ in range(2))
+    with flops.count() as counter:
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    product = 2 * 2 * 8 * 5 * 7 * 4
+    # PyTorch's formula counts the scores once more in the backward pass.
+    assert counter.total in (6 * product, 7 * product)
+    for name in ("flash_attention", "efficient_attention", "cudnn_attention"):
+        shapes = (2, 8, 5, 4), (2, 2, 7, 4), (2, 2, 7, 4)
+        forward = flops._OWN[getattr(torch.ops.aten, f"_scaled_dot_product_{name}")]
+        backward = flops._OWN[getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward")]
+        assert forward(*shapes) == 2 * product
+        assert backward(shapes[0], *shapes) == 5 * product
+
+
 def test_grouped_products_of_experts_are_counted():
     x = torch.randn(12, 16, requires_grad=True)
     experts = torch.randn(3, 16, 24, requires_grad=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,15 +79,19 @@ class Passes:
             ValueError: If a layer mixes the samples, or a parameter is used where no layer's call
                 shows it; the message names it.
         """
-        plain = self._differentiate(batch, owned)
         with self._naming_constants():
-            self.look = look(self._scalars, self._modules, self._names, batch)
-            self.routed = self.look.routed
             try:
-                self._verify(batch, plain)
-            except BaseException:
-                self.look = None  # what was not checked is looked at again
+                self.look = look(self._scalars, self._modules, self._names, batch)
+            except CrossSampleError:
+                self._differentiate(batch, owned)  # to tell noise from samples that are mixed
                 raise
+        self.routed = self.look.routed
+        try:
+            with self._naming_constants():
+                self._verify(batch, self._differentiate(batch, owned))
+        except BaseException:
+            self.look = None  # what was not checked is looked at again
+            raise
 
     def _differentiate(self, batch: Any, owned: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Return the plain gradient of every owned parameter."""
@@ -95,7 +99,9 @@ class Passes:
             parameter.requires_grad_(True)
         try:
             total = self._scalars(batch, count_samples(batch)).sum()
-            found = torch.autograd.grad(total, list(owned.values()), allow_unused=True)
+            found: Sequence[Tensor | None] = [None] * len(owned)
+            if total.requires_grad:
+                found = torch.autograd.grad(total, list(owned.values()), allow_unused=True)
         finally:
             for parameter in owned.values():
                 parameter.requires_grad_(False)
