@@ -16,7 +16,8 @@ process keeps the memory that it frees, see :func:`benchmarks.common.keep_freed_
 the same step under what a user would pick instead, see :mod:`benchmarks.rivals`. Memory is the peak
 of a step, and the bytes of activations that its forward pass saves for the backward pass.
 
-Writes ``step-<model>-<device>.json`` after every group of measurements, and prints a table.
+Writes ``step-<model>-<device>.json`` after every group of measurements, or, where the compiled model
+alone is measured, ``step-<model>-compiled-<device>.json``, and prints a table.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def measure_model(name: str, args: argparse.Namespace, limit: Limit) -> bool:
             for share in args.rivals:
                 label = f"rivals {share:.0%}"
                 groups.append((label, "rivals", lambda s=share: study.measure_rivals(s)))
-    stem = f"step-{name}-{device_name(args.device).replace(' ', '-')}"
+    # The compiled model alone has a file of its own, beside that of the eager one.
+    stem = f"step-{name}{'-compiled' if args.compile == 'yes' else ''}"
+    stem += f"-{device_name(args.device).replace(' ', '-')}"
     for label, kind, function in groups:
         try:
             if not limit.run((name, kind), function):

@@ -9,6 +9,28 @@ from benchmarks.tabular import markdown, number, percent, where
 from lightning_mat.gate.gate import SKIPS
 
 
+def joined(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return results of which those of compiled models stand with those of the eager ones.
+
+    Args:
+        results: By their files' names without the ending. Rows of ``step-<model>-compiled-<device>``
+            take the place of compiled rows in ``step-<model>-<device>``, where there is one.
+    """
+    found = dict(results)
+    for name, result in results.items():
+        model = result["model"]
+        compiled_name = name.replace(f"step-{model}", f"step-{model}-compiled", 1)
+        if compiled_name in results:
+            compiled = found.pop(compiled_name)
+            rows = [row for row in result["steps"] if not row["compiled"]]
+            found[name] = {
+                **result,
+                "steps": rows + compiled["steps"],
+                "compiled": {compiled_name: compiled},
+            }
+    return found
+
+
 def overview(results: Mapping[str, dict[str, Any]]) -> str:
     """Return what a step costs with half and a quarter of the units trained, for all models.
 
@@ -92,7 +114,10 @@ def page(results: Mapping[str, dict[str, Any]]) -> str:
             "its time.",
             step_of(result) if result["steps"] else "",
             rivals_of(result),
-            f"*{where(result)}; `benchmarks/results/{name}.json`*",
+            "\n".join(
+                f"*{where(one)}; `benchmarks/results/{file}.json`*"
+                for file, one in {name: result, **result.get("compiled", {})}.items()
+            ),
         ]
         what |= {row["name"]: row["what"] for row in result["rivals"]}
     parts.append("\n".join(f"- *{name}*: {text}." for name, text in what.items()))

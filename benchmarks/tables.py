@@ -54,7 +54,7 @@ def steps() -> dict[str, dict[str, Any]]:
     Empty where none was measured; models stand in the order of the benchmark.
     """
     stems = sorted(path.stem for path in RESULTS.glob("step-*.json"))
-    results = {stem: load(stem) for stem in stems}
+    results = step_markdown.joined({stem: load(stem) for stem in stems})
     return {
         stem: result
         for on_cpu in (True, False)
