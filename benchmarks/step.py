@@ -16,8 +16,8 @@ process keeps the memory that it frees, see :func:`benchmarks.common.keep_freed_
 the same step under what a user would pick instead, see :mod:`benchmarks.rivals`. Memory is the peak
 of a step, and the bytes of activations that its forward pass saves for the backward pass.
 
-Writes ``step-<model>-<device>.json`` after every group of measurements, or, where the compiled model
-alone is measured, ``step-<model>-compiled-<device>.json``, and prints a table.
+Writes ``step-<model>-<device>.json`` after every group of measurements, or, where the compiled
+model alone is measured, ``step-<model>-compiled-<device>.json``, and prints a table.
 """
 
 from __future__ import annotations

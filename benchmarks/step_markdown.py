@@ -13,22 +13,30 @@ def joined(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return results of which those of compiled models stand with those of the eager ones.
 
     Args:
-        results: By their files' names without the ending. Rows of ``step-<model>-compiled-<device>``
-            take the place of compiled rows in ``step-<model>-<device>``, where there is one.
+        results: By their files' names without the ending. Rows of
+            ``step-<model>-compiled-<device>`` follow those of ``step-<model>-<device>``, where they
+            were measured alike, and take the place of its rows of the same share and way.
     """
     found = dict(results)
     for name, result in results.items():
         model = result["model"]
         compiled_name = name.replace(f"step-{model}", f"step-{model}-compiled", 1)
-        if compiled_name in results:
-            compiled = found.pop(compiled_name)
-            rows = [row for row in result["steps"] if not row["compiled"]]
-            found[name] = {
-                **result,
-                "steps": rows + compiled["steps"],
-                "compiled": {compiled_name: compiled},
-            }
+        compiled = results.get(compiled_name)
+        if compiled is None or compiled["settings"] != result["settings"]:
+            continue
+        del found[compiled_name]
+        anew = {_way(row) for row in compiled["steps"]}
+        rows = [row for row in result["steps"] if _way(row) not in anew]
+        found[name] = {
+            **result,
+            "steps": rows + compiled["steps"],
+            "compiled": {compiled_name: compiled},
+        }
     return found
+
+
+def _way(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["share"], row["skip"], row["compiled"]
 
 
 def overview(results: Mapping[str, dict[str, Any]]) -> str:
@@ -127,9 +135,8 @@ def page(results: Mapping[str, dict[str, Any]]) -> str:
 def _step_row(
     result: dict[str, Any], share: float, skip: str, *, compiled: bool
 ) -> dict[str, Any] | None:
-    wanted = (share, skip, compiled)
     for row in result["steps"]:
-        if (row["share"], row["skip"], row["compiled"]) == wanted:
+        if _way(row) == (share, skip, compiled):
             return row
     return None
 

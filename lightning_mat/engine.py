@@ -271,8 +271,8 @@ class MAT:
 
     @contextmanager
     def _ungated(self) -> Iterator[None]:
-        self.gate.remove()
         self.gate.check_alone()
+        self.gate.remove()
         try:
             yield
         finally:

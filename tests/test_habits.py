@@ -82,6 +82,26 @@ def test_noise_of_a_softmax_is_not_taken_for_samples_that_are_mixed() -> None:
     assert all(said)
 
 
+class Adapted(nn.Module):
+    """A frozen layer with an adapter of low rank, which is zero so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 5).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 5, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 + self.base(x) + self.up(self.down(x))
+
+
+def test_an_adapter_that_is_zero_so_far_is_no_constant() -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*hardly depends.*")
+        MAT(Adapted(), units="layers").update(torch.randn(8, 6), step=0)
+
+
 def test_a_model_under_another_gate_is_not_measured() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))

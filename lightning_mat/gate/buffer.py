@@ -80,6 +80,11 @@ def fresh_buffers() -> Iterator[None]:
         _fresh = before
 
 
+def fresh() -> bool:
+    """Return whether no memory is kept now."""
+    return _fresh
+
+
 def _holders(tensor: Tensor) -> int:
     """Return how many tensors share the memory of one; its own Python object counts as one."""
     storage = tensor.untyped_storage()

@@ -38,7 +38,7 @@ class Numbered:
     def __init__(self) -> None:
         """Take the next number."""
         # A tensor on the host: a number would be a constant of the graph, one for each layer.
-        self.number = torch.tensor(Numbered._count)
+        self.number = torch.tensor(Numbered._count, device="cpu")
         Numbered._known[Numbered._count] = self
         Numbered._count += 1
 
@@ -52,8 +52,8 @@ class Numbered:
         found = Numbered._known.get(int(number))
         if found is None:
             raise RuntimeError(
-                "the gate of this compiled model was deleted between its forward and its backward "
-                "pass: keep the Gate until the backward pass is done"
+                "the gate or the model of this compiled model was deleted between its forward and "
+                "its backward pass: keep the Gate and the model until the backward pass is done"
             )
         return found
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from lightning_mat.gate.grouped import Experts
 from lightning_mat.gate.rules import Forward, Rest, register_gate_rule
-from lightning_mat.gate.stacked import Stacked
-from lightning_mat.gate.traced import NotTracedError, StackPlace, TracedStack, show_products
+from lightning_mat.gate.stacked import NotTracedError, Stacked
+from lightning_mat.gate.traced import StackPlace, TracedStack, show_products
 from lightning_mat.units.unit import matrix_shape
 
 # What the forward of a mixture takes in Hugging Face's models, from version 5 on.
@@ -69,7 +70,13 @@ class Mixture:
             param = cast(nn.Parameter, module._parameters[name])
             used = param if experts.train.numbers else param.detach()
             stand_ins[name] = Stacked.make(used, experts)
-        return _run_with(stand_ins, module, *args, **kwargs)
+        params = module._parameters
+        held = {name: params[name] for name in stand_ins}
+        try:
+            params.update(cast("dict[str, nn.Parameter]", stand_ins))
+            return type(module).forward(module, *args, **kwargs)
+        finally:
+            params.update(held)
 
     def trace(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output, for a compiler: what is traced knows no decision.
@@ -82,22 +89,38 @@ class Mixture:
         for name, place in self.places.items():
             param = cast(nn.Parameter, module._parameters[name])
             stand_ins[name] = TracedStack.make(param, place, cuts=self.cuts, seen=seen)
-        out = _run_with(stand_ins, module, *args, **kwargs)
+        shown = cast(nn.Module, Shown(module, stand_ins))
+        out = type(module).forward(shown, *args, **kwargs)
         if len(seen) < len(stand_ins):
             raise NotTracedError
         return out
 
 
-def _run_with(stand_ins: Mapping[str, Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return the module's output, with other tensors for some of its parameters."""
-    params = module._parameters
-    held = {name: params[name] for name in stand_ins}
-    try:
-        for name, stand_in in stand_ins.items():
-            params[name] = cast(nn.Parameter, stand_in)
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        params.update(held)
+class Shown:
+    """A module that shows stand-ins in the place of its parameters, to a compiler.
+
+    Exchanging them, as an eager forward does, would be a side effect, which compilers do not allow
+    inside of an activation checkpoint.
+
+    Args:
+        module: The module.
+        stand_ins: What to show, by the parameter's name.
+    """
+
+    def __init__(self, module: nn.Module, stand_ins: Mapping[str, Tensor]) -> None:
+        object.__setattr__(self, "_shown", module)
+        object.__setattr__(self, "_stand_ins", stand_ins)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._stand_ins:
+            return self._stand_ins[name]
+        value = getattr(self._shown, name)
+        if isinstance(value, MethodType) and value.__self__ is self._shown:
+            return functools.partial(value.__func__, self)  # its own code sees them, too
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._shown, name, value)
 
 
 def _makes_products(module: nn.Module) -> bool:
@@ -140,6 +163,7 @@ def stacked_rule(module: nn.Module, rests: Mapping[str, Rest]) -> Forward | None
             try:
                 return mixture.trace(module, *args, **kwargs)
             except NotTracedError:
+                # What the forward did so far stays in this one graph, and is done again.
                 mixture.opaque = True
         if mixture.cuts or not torch.compiler.is_compiling():
             return mixture.run(module, *args, **kwargs)

@@ -9,7 +9,6 @@ to what lies below: where none of the layers that read the parameter has run, th
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import cast
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mat.gate.buffer import GradientBuffer
+from lightning_mat.gate.buffer import GradientBuffer, fresh
 from lightning_mat.gate.compiled import Place
+from lightning_mat.gate.selection import Selection
 from lightning_mat.units.regions import Block, complement
 
 _log = logging.getLogger(__name__)
@@ -71,9 +71,10 @@ class ClearResting:
         self.shape = (rows, columns)
         self.resting = complement([r for block in blocks for r in block.rects()], rows, columns)
         # It knows nothing of this hook: a cycle would keep its memory until somebody collects it.
-        self._clear = functools.partial(_clear, shape=self.shape, resting=self.resting)
+        self._clear = Clear(self.shape, self.resting)
         self.buffer = GradientBuffer(self._clear, keep=keep)
         self._clean: tuple[int, int] | None = None
+        self._owned = False
 
     def deliver(self, grad: Tensor) -> Tensor:
         """Return ``grad``, remembered as one in which what rests is zero already."""
@@ -81,6 +82,7 @@ class ClearResting:
         # Compiled code has no addresses to remember: there the hook clears once more.
         if not torch.compiler.is_compiling():
             self._clean = (grad.data_ptr(), grad._version)
+            self._owned = fresh()
         return grad
 
     def __call__(self, grad: Tensor | None) -> Tensor | None:
@@ -96,23 +98,56 @@ class ClearResting:
         # address and version together say that this is what a rule delivered and nothing else.
         clean, self._clean = self._clean, None
         if clean == (grad.data_ptr(), grad._version):
-            return None
+            if not self._owned:
+                return None
+            # What was delivered to compiled code is its own memory, in which it may have added up
+            # other gradients of the parameter, without a version that tells.
+            if grad.is_contiguous():
+                self._clear(grad)
+                return None
         _check_read(self.name, self.readers)
         cleared = grad.clone(memory_format=torch.contiguous_format)
         self._clear(cleared)
         return cleared
 
 
-def _clear(grad: Tensor, *, shape: tuple[int, int], resting: Sequence[Block]) -> None:
-    """Write zeros to what rests, over the matrix view of this shape."""
-    if grad.shape[:1] != shape[:1] or not grad.is_contiguous():
-        grad.zero_()  # in another layout: what trains is written anyway
-        return
-    matrix = grad.view(shape)
-    for block in resting:
-        for a, b in block.rows:
-            for c, d in block.columns:
-                matrix[a:b, c:d] = 0
+class Clear:
+    """Writes zeros to what rests of a parameter's gradient.
+
+    Args:
+        shape: Rows and columns of the parameter's matrix view.
+        resting: What rests.
+    """
+
+    def __init__(self, shape: tuple[int, int], resting: Sequence[Block]) -> None:
+        """Remember the blocks."""
+        self._shape, self._resting = shape, resting
+        self._sides: dict[str, list[tuple[Selection, Selection]]] = {}
+
+    def __call__(self, grad: Tensor) -> None:
+        """Write the zeros; everywhere, if the gradient is laid out otherwise than the parameter."""
+        if grad.shape[:1] != self._shape[:1] or not grad.is_contiguous():
+            grad.zero_()  # what trains is written anyway
+            return
+        matrix = grad.view(self._shape)
+        for rows, columns in self._on(grad.device):
+            if columns.whole:
+                rows.clear(matrix, 0)
+            else:
+                for a, b in rows.runs:
+                    columns.clear(matrix.narrow(0, a, b - a), 1)
+
+    def _on(self, device: torch.device) -> list[tuple[Selection, Selection]]:
+        """Return rows and columns of the blocks, which accelerators take by index."""
+        if device.type not in self._sides:
+            self._sides[device.type] = [
+                (
+                    Selection(block.rows, self._shape[0], device),
+                    Selection(block.columns, self._shape[1], device),
+                )
+                for block in self._resting
+            ]
+        return self._sides[device.type]
 
 
 class DropGradient:

@@ -97,14 +97,12 @@ class GatedForward:
             for held, name, param in self.watched
         )
 
-    def check_alone(self) -> None:
-        """Raise a RuntimeError if another gate is on the module."""
+    @property
+    def other_is_on(self) -> bool:
+        """Whether another gate is on the module."""
         now = self.module.__dict__.get("forward")
         other = getattr(now, "__self__", now)
-        if isinstance(other, GatedForward) and other.on and other is not self:
-            raise RuntimeError(
-                "a gate is on it already: call remove() on that gate, or close() on its MAT, first"
-            )
+        return isinstance(other, GatedForward) and other.on and other is not self
 
     def install(self, run: Forward | None) -> None:
         """Route the module's forward through ``run``; None where nothing of it rests.
@@ -117,7 +115,8 @@ class GatedForward:
         if self.is_wrapped:
             self.run, self.on = run, True
             return
-        self.check_alone()
+        if self.other_is_on:
+            raise RuntimeError("a gate is on it already: call remove() on that gate first")
         self.before = self.module.__dict__.get("forward")
         if isinstance(getattr(self.before, "__self__", self.before), GatedForward):
             self.before = None  # it came with a copy

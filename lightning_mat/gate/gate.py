@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import cast
 
@@ -116,7 +115,8 @@ class Gate:
         self._in_full: set[str] = set()
         if self._sharded and skip == "units":
             self._check_sharded_layers(model)
-        if skip == "units":
+        # Rules may have one state for each module, which a gate that is on needs.
+        if skip == "units" and self._other() is None:
             for site in self._sites.layers:
                 self._try(site)
 
@@ -168,6 +168,7 @@ class Gate:
             RuntimeError: If another gate is on one of the modules.
         """
         flags = self.part.check_active(active).tolist()
+        self.check_alone()
         self.remove()
         if all(flags):
             return
@@ -274,14 +275,23 @@ class Gate:
         self._install(site, run)
 
     def _install(self, site: Site, run: Forward | None) -> None:
-        with _naming(site):
+        try:
             site.gated.install(run)
+        except RuntimeError as error:
+            raise RuntimeError(f"module {site.path!r}: {error}") from None
 
     def check_alone(self) -> None:
         """Raise a RuntimeError if another gate is on the model."""
-        for site in self._sites.all():
-            with _naming(site):
-                site.gated.check_alone()
+        other = self._other()
+        if other is not None:
+            raise RuntimeError(
+                f"module {other.path!r}: a gate is on it already: call remove() on that gate, or "
+                "close() on its MAT, first"
+            )
+
+    def _other(self) -> Site | None:
+        """Return a site that another gate is on."""
+        return next((site for site in self._sites.all() if site.gated.other_is_on), None)
 
     def _check_passes(self, site: Site, own: dict[str, Rest]) -> None:
         """Raise where the gradients through a module would have to be cut without a rule."""
@@ -326,15 +336,6 @@ def _is_constant(module: nn.Module, own: dict[str, Rest]) -> bool:
     return all(rest.cut for rest in own.values()) and own.keys() >= {
         name for name, _ in module.named_parameters()
     }
-
-
-@contextmanager
-def _naming(site: Site) -> Iterator[None]:
-    """Name the module in errors."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"module {site.path!r}: {error}") from None
 
 
 def _forget(site: Site) -> None:

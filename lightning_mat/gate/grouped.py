@@ -41,9 +41,9 @@ class Chosen:
         return self._index
 
     def among(self, numbers: Tensor) -> Tensor:
-        """Return which of some experts' numbers are of these experts, bool."""
+        """Return which of some experts' numbers, counted from behind too, are of these, bool."""
         self.index(numbers.device)
-        return self._rank[numbers] < len(self.numbers)
+        return self._rank[numbers % (len(self._rank) - 1)] < len(self.numbers)
 
     def rows(self, offs: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return which rows are of these experts, and where each expert's end among them.
@@ -175,12 +175,7 @@ class GroupedProduct(torch.autograd.Function):
             )
         if kept[0] is not None:
             found = weight_gradient(
-                grad,
-                kept,
-                experts.train,
-                experts.rest.zeros(grad.dtype),
-                turned=ctx.turned,
-                loop=ctx.loop,
+                grad, kept, experts.train, experts.rest.zeros, turned=ctx.turned, loop=ctx.loop
             )
             grad_weight = experts.rest.deliver(found)
         return None, grad_x, grad_weight, None, None, None
@@ -202,18 +197,18 @@ def weight_gradient(
     grad: Tensor,
     kept: Sequence[Tensor | None],
     train: Chosen,
-    result: Tensor,
+    zeros: Callable[[torch.dtype], Tensor],
     *,
     turned: bool,
     loop: bool,
 ) -> Tensor:
-    """Return the gradient of a weight, zero for experts that rest; perhaps not ``result`` itself.
+    """Return the gradient of a weight, zero for experts that rest.
 
     Args:
         grad: Gradient of the product, shape ``[S, m]``.
         kept: What :func:`keep` returned.
         train: Who trains.
-        result: Where it is written to, zero in what rests.
+        zeros: Makes the tensor that it is written to, zero in what rests.
         turned: As in :meth:`GroupedProduct.forward`.
         loop: Whether to go through the experts one by one.
     """
@@ -223,11 +218,14 @@ def weight_gradient(
     rows = grad if order is None else grad[order]
     left, right = (rows, x) if turned else (x, rows)
     if loop:
+        result = zeros(grad.dtype)
         for expert, part in _parts(train, ends):
             result[expert].copy_(left[part].t() @ right[part])
         return result
     found = F.grouped_mm(left.t(), right, offs=ends)
-    return found if train.all else result.index_copy_(0, train.index(found.device), found)
+    if train.all:
+        return found
+    return zeros(found.dtype).index_copy_(0, train.index(found.device), found)
 
 
 def row_gradient(

@@ -92,6 +92,14 @@ class Selection:
             target.narrow(dim, a, b - a).copy_(values.narrow(dim, start, b - a))
             start += b - a
 
+    def clear(self, target: Tensor, dim: int) -> None:
+        """Write zeros over the selected slices of ``target`` along ``dim``."""
+        if self.indexed:
+            target.index_fill_(dim, self.index(target.device), 0)
+            return
+        for a, b in self.runs:
+            target.narrow(dim, a, b - a).zero_()
+
     def add(self, values: Tensor, target: Tensor, dim: int) -> None:
         """Add ``values`` to the selected slices of ``target`` along ``dim``."""
         if self.indexed:

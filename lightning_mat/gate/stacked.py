@@ -16,6 +16,10 @@ from lightning_mat.gate.grouped import Experts, GroupedProduct, by_loop, turns
 from lightning_mat.gate.once import once_differentiable
 
 
+class NotTracedError(Exception):
+    """A mixture does with a parameter what no graph has for all decisions."""
+
+
 class Stacked(Tensor):
     """Stands in for a parameter ``[E, ...]`` of which some experts rest.
 
@@ -133,11 +137,14 @@ class Gathered(Tensor):
         matrices = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Gathered))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*tree_map(_rows, args), **tree_map(_rows, kwargs))
-            if func is torch.bmm:
+            if func in _PRODUCTS and out.dim() == 3 and len(out) == len(matrices.live):
                 return torch.where(matrices.live.view(-1, 1, 1), out, out.detach())
             if any(isinstance(x, Tensor) for x in tree_leaves(out)):
                 _refuse(matrices.rows, func)
             return out
+
+
+_PRODUCTS = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def _rows(x: object) -> object:
@@ -209,6 +216,8 @@ def _value(x: object) -> object:
 
 def _refuse(param: Tensor, func: Callable[..., Any]) -> None:
     """Raise where gradients would travel through experts at rest."""
+    if torch.compiler.is_compiling():
+        raise NotTracedError
     raise RuntimeError(
         f'skip="units" cannot cut the gradients through experts at rest in '
         f"{getattr(func, '__name__', func)!r} of a parameter {list(param.shape)}: "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_mat.gate.buffer import fresh_buffers
 from lightning_mat.gate.compiled import Numbered
 from lightning_mat.gate.grouped import (
     Chosen,
@@ -28,7 +29,7 @@ from lightning_mat.gate.grouped import (
     weight_gradient,
 )
 from lightning_mat.gate.once import once_differentiable
-from lightning_mat.gate.stacked import Gathered
+from lightning_mat.gate.stacked import Gathered, NotTracedError
 
 
 class StackPlace(Numbered):
@@ -44,6 +45,12 @@ class StackPlace(Numbered):
         """Return the experts whose gradient is wanted."""
         return everyone(len(weight), weight.device) if self.experts is None else self.experts.train
 
+    def zeros(self, weight: Tensor) -> Callable[[torch.dtype], Tensor]:
+        """Return what makes a gradient of zeros."""
+        if self.experts is not None:
+            return self.experts.rest.zeros
+        return lambda dtype: weight.new_zeros(weight.shape, dtype=dtype)
+
     def deliver(self, grad: Tensor) -> Tensor:
         """Return a gradient, noted as one in which what rests is zero."""
         return grad if self.experts is None else self.experts.rest.deliver(grad)
@@ -57,10 +64,6 @@ class StackPlace(Numbered):
 def everyone(count: int, device: torch.device) -> Chosen:
     """Return all of so many experts."""
     return Chosen(range(count), count, device)
-
-
-class NotTracedError(Exception):
-    """A mixture does with a parameter what no graph has for all decisions."""
 
 
 def show_products() -> None:
@@ -226,25 +229,24 @@ def grouped_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight, empty where not needed."""
     place = cast(StackPlace, Numbered.at(number))
-    grad_x, grad_weight = _outputs(grad, x, weight, needs)
+    passing, train = place.passing(len(weight), weight.device), place.train(weight)
     grad = grad.contiguous()
-    passing = place.passing(len(weight), weight.device)
-    train = place.train(weight)
-    if needs[0]:
-        if passing.numbers:
-            found = row_gradient(grad, weight, offs, passing, turned=turned, loop=loop)
-            grad_x = found.contiguous()
-        else:
-            grad_x.zero_()
-    if needs[1]:
-        if train.numbers:
-            kept = keep(x, offs, train, loop=loop)
-            found = weight_gradient(
-                grad, kept, train, weight.new_zeros(weight.shape), turned=turned, loop=loop
-            )
+    if not needs[0]:
+        grad_x = grad.new_empty(0)
+    elif not passing.numbers:
+        grad_x = x.new_zeros(x.shape)
+    else:
+        found = row_gradient(grad, weight, offs, passing, turned=turned, loop=loop)
+        grad_x = found.contiguous()
+    if not needs[1]:
+        grad_weight = grad.new_empty(0)
+    elif not train.numbers:
+        grad_weight = weight.new_zeros(weight.shape)
+    else:
+        kept, zeros = keep(x, offs, train, loop=loop), place.zeros(weight)
+        with fresh_buffers():
+            found = weight_gradient(grad, kept, train, zeros, turned=turned, loop=loop)
             grad_weight = place.deliver(found.contiguous())
-        else:
-            grad_weight.zero_()
     return grad_x, grad_weight
 
 
@@ -259,11 +261,6 @@ def _(
     loop: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(grad, x, weight, needs)
-
-
-def _outputs(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """Return tensors laid out as the gradients are, not filled; empty where none is needed."""
     return (
         x.new_empty(x.shape) if needs[0] else grad.new_empty(0),
         weight.new_empty(weight.shape) if needs[1] else grad.new_empty(0),

@@ -109,7 +109,12 @@ class Passes:
         plain = dict(zip(owned, found, strict=True))
         self.unreached = frozenset(name for name, grad in plain.items() if grad is None)
         grads = {n: torch.zeros_like(owned[n]) if g is None else g for n, g in plain.items()}
-        effects = [float(grad.norm() * owned[name].norm()) for name, grad in grads.items()]
+        # How much of the total hangs on a parameter, to first order; one that is zero so far, as
+        # LoRA's are, counts as one of ordinary size.
+        effects = [
+            float(grad.norm()) * max(float(owned[name].norm()), 1e-2 * grad.numel() ** 0.5)
+            for name, grad in grads.items()
+        ]
         size = float(total.detach().abs())
         self.constant = max(effects, default=0.0) < 1e-2 * self._tolerance * size
         return grads
@@ -119,9 +124,9 @@ class Passes:
         """Name what is wrong with a model's output where its noise looks like mixed samples."""
         try:
             yield
-        except CrossSampleError:
+        except CrossSampleError as error:
             if self.constant and self.output == "sum_logits":
-                raise ValueError(constant_output(self._scalars.model)) from None
+                raise ValueError(constant_output(self._scalars.model)) from error
             raise
 
     def _verify(self, batch: Any, expected: Mapping[str, Tensor]) -> None:

@@ -214,6 +214,18 @@ def test_a_result_its_table_and_its_pages(tmp_path, monkeypatch, capsys):
     assert page.count('| `skip="weights"` |') == 2
     assert "- *branches detached*: DropBP" in page
 
+    # The compiled model's rows from a file of their own, in the place of older ones.
+    mine = {**result, "steps": [{**row, "compiled": True} for row in result["steps"]]}
+    old = [{**row, "time_ratio": 9.0} for row in mine["steps"]]
+    old += [{**row, "share": 0.25} for row in mine["steps"]]
+    both = {**result, "steps": result["steps"] + old}
+    files = {"step-switch-cpu": both, "step-switch-compiled-cpu": mine}
+    (found,) = step_markdown.joined(files).values()
+    assert found["steps"] == [*result["steps"], *old[len(mine["steps"]) :], *mine["steps"]]
+    assert "step-switch-compiled-cpu.json" in step_markdown.page({"step-switch-cpu": found})
+    mine["settings"] = {**result["settings"], "batch_size": 99}
+    assert step_markdown.joined(files) == files
+
 
 def test_a_steps_time_is_split_by_what_has_flops():
     weight = torch.randn(300, 300)

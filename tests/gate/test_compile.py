@@ -95,6 +95,28 @@ def test_the_default_compiler_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("skip", ["weights", "units"])
+def test_a_penalty_on_a_weight_in_the_same_graph_moves_nothing_at_rest(skip):
+    """The compiler may add its gradient up in the memory of the layer's, and no version tells."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Conv1d(5, 4, 3)).double()
+    part = Partition(rows("0.weight", even(8, 4)) + rows("2.weight", even(4, 2)), model)
+    x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(2, 5, 6)
+
+    def loss_of() -> Tensor:
+        return model(x).square().sum() + sum(p.square().sum() for p in model.parameters())
+
+    compiled = torch.compile(loss_of)
+    with Gate(model, part, skip=skip) as gate:
+        gate.apply([True, False, False, True, False, True])
+        compiled().backward()
+        found = {name: param.grad for name, param in model.named_parameters()}
+        model.zero_grad()
+        loss_of().backward()
+    for name, param in model.named_parameters():
+        assert_close(found[name], param.grad, 1e-10)
+    assert not found["0.weight"][2:6].any()
+
+
+@pytest.mark.parametrize("skip", ["weights", "units"])
 def test_blocks_that_are_compiled_apart_share_a_graph(skip):
     blocks = nn.ModuleList(
         nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)) for _ in range(12)

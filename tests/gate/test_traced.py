@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mat import flops
-from lightning_mat.gate import Gate
+from lightning_mat.gate import Gate, experts
 from lightning_mat.gate.grouped import Chosen, keep, row_gradient, weight_gradient
 from lightning_mat.units import partition
 from tests.gate.cases import assert_close
@@ -141,8 +141,11 @@ def test_both_kinds_of_product_have_the_same_gradients(sizes, beyond, turned):
         for loop in (False, True):
             with flops.count() as counter:
                 kept = keep(x, offs, chosen, loop=loop)
-                result = torch.zeros_like(weight)
-                one = weight_gradient(grad, kept, chosen, result, turned=turned, loop=loop)
+
+                def zeros(dtype: torch.dtype) -> Tensor:
+                    return torch.zeros(weight.shape, dtype=dtype)
+
+                one = weight_gradient(grad, kept, chosen, zeros, turned=turned, loop=loop)
                 two = row_gradient(grad, weight, offs, chosen, turned=turned, loop=loop)
             found.append((one, two[: sum(sizes)]))
             costs.append(counter.total)
@@ -168,6 +171,34 @@ class Own(Stack):
         return out.index_add(0, order // top_k_index.shape[1], y)
 
 
+class Turned(Stack):
+    """Its products take the parameters as they are, and its biases one for each row."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen, order = top_k_index.flatten().sort()
+        numbers = torch.arange(4)
+        ends = (chosen[:, None] <= numbers).sum(0, dtype=torch.int32)
+        rows = hidden_states[order // top_k_index.shape[1]]
+        h = F.gelu(self.up(rows, chosen, ends))
+        y = F.grouped_mm(h, self.down_proj, offs=ends) + self.down_bias[chosen]
+        y = y * top_k_weights.flatten()[order, None]
+        out = torch.zeros_like(hidden_states)
+        return out.index_add(0, order // top_k_index.shape[1], y)
+
+    def up(self, rows: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(rows, self.up_proj, offs=ends) + self.up_bias[chosen]
+
+
+class Gathering(Stack):
+    """It takes out one matrix for each row, counted from behind, and multiplies with ``@``."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        numbers = top_k_index[:, 0] - 4
+        h = F.gelu(self.up_proj[numbers] @ hidden_states.unsqueeze(2))
+        y = self.down_proj[numbers].bmm(h).squeeze(2)
+        return y * top_k_weights[:, :1]
+
+
 class Mixed(Own):
     """One whose second product goes through the experts one by one."""
 
@@ -179,16 +210,16 @@ class Mixed(Own):
 
 
 @pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("kind", [Own, Mixed, Stack])
+@pytest.mark.parametrize("kind", [Own, Turned, Gathering, Mixed, Stack])
 def test_a_mixture_of_ones_own(kind, skip):
     """Where it goes through its experts one by one, it may break the graph, but is right."""
     torch.manual_seed(0)
-    model = Holder(kind(False, False)).bfloat16()
+    model = Holder(kind(kind is Turned, kind is Turned)).bfloat16()
     twin = copy.deepcopy(model)
     part = partition(model, "experts")
     inputs = routed(torch.bfloat16)
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=frames, fullgraph=kind is Own)
+    compiled = torch.compile(model, backend=frames, fullgraph=kind is Turned)
     counts = []
     with Gate(model, part, skip=skip) as gate, Gate(twin, part, skip=skip) as other:
         for active in (*DECISIONS[:2], [True, True, False, False], [False, False, True, True]):
@@ -198,12 +229,13 @@ def test_a_mixture_of_ones_own(kind, skip):
             assert_alike(gradients(compiled, model, inputs), wanted, 2e-2)
             counts.append(frames.frame_count)
     # What one of its forwards does is found out once.
-    assert len(set(counts[kind is not Own :])) == 1
+    assert len(set(counts[kind in (Mixed, Stack) :])) == 1
 
 
 def test_products_that_the_compiler_does_not_show_are_not_traced(monkeypatch):
     """As with a compiler whose list of functions is no set any more: right, with a graph break."""
-    model = Holder(Own(False, False)).bfloat16()
+    torch.manual_seed(0)
+    model = Holder(Turned(True, True)).bfloat16()
     twin = copy.deepcopy(model)
     part = partition(model, "experts")
     inputs = routed(torch.bfloat16)
@@ -216,3 +248,126 @@ def test_products_that_the_compiler_does_not_show_are_not_traced(monkeypatch):
             each.apply(DECISIONS[0])
         wanted = gradients(twin, twin, inputs)
         assert_alike(gradients(compiled, model, inputs), wanted, 2e-2)
+    assert experts._mixtures[model.experts].opaque
+
+
+def test_what_else_is_done_with_a_parameter_trains_it_too():
+    """The default compiler adds such gradients up in the memory of ours, and no version tells."""
+    model = mixtral_experts("grouped_mm", torch.float32)
+    twin = copy.deepcopy(model)
+    part = partition(model, "experts")
+    inputs = routed(torch.float32)
+
+    def loss_of(model: nn.Module) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return model(*inputs).square().sum() + 1e-1 * penalty
+
+    compiled = torch.compile(lambda: loss_of(model))
+    for skip in SKIPS:
+        with Gate(model, part, skip=skip) as gate, Gate(twin, part, skip="weights") as other:
+            for each in (gate, other):
+                each.apply(DECISIONS[0])
+            for run, m in ((compiled, model), (lambda: loss_of(twin), twin)):
+                m.zero_grad()
+                run().backward()
+            for found, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+                assert not found.grad[1::2].any()
+                if skip == "weights":
+                    assert_close(found.grad, wanted.grad, 1e-5)
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_a_whole_model_with_checkpoints_has_one_graph(skip):
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    from transformers import MixtralConfig
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    model = modeling.MixtralForCausalLM(config).double().train()
+    model.set_experts_implementation("grouped_mm")
+    twin = copy.deepcopy(model)
+    twin.set_experts_implementation("eager")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    part = partition(model, "heads+experts")
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=frames, fullgraph=True)
+    draw = random.Random(0)
+    with Gate(model, part, skip=skip) as gate, Gate(twin, part, skip=skip) as other:
+        for length in (5, 5, 5, 8, 9):
+            tokens = torch.randint(11, (2, length))
+            active = [draw.random() < 0.5 for _ in range(len(part))]
+            for each in (gate, other):
+                each.apply(active)
+            for run, m in ((compiled, model), (twin, twin)):
+                m.zero_grad()
+                for _ in range(2):  # accumulated
+                    run(tokens, labels=tokens).loss.backward()
+            found = {name: p.grad for name, p in model.named_parameters()}
+            assert_alike(found, {name: p.grad for name, p in twin.named_parameters()}, 1e-10)
+    # One for a length, one for all.
+    assert frames.frame_count == 2
+
+
+def test_mixed_precision_is_that_of_the_plain_model():
+    model = mixtral_experts("grouped_mm", torch.float32)
+    part = partition(model, "experts")
+    inputs = routed(torch.float32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def lowered(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return compiled(*inputs)
+
+    wanted = gradients(lowered, model, inputs)
+    with Gate(model, part, skip="units") as gate:
+        gate.apply([True, True, True, False])
+        found = gradients(lowered, model, inputs)
+    for name in ("experts.gate_up_proj", "experts.down_proj"):
+        assert torch.equal(found[name][:3], wanted[name][:3])
+        assert not found[name][3].any()
+
+
+def test_layers_that_are_compiled_apart_share_a_graph():
+    layers = nn.ModuleList(mixtral_experts("grouped_mm", torch.float32) for _ in range(5))
+    part = partition(layers, "experts")
+    x, index, weights = routed(torch.float32)
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for layer in layers:
+        layer.compile(backend=frames)
+
+    def run() -> Tensor:
+        h = x
+        for layer in layers:
+            h = h + layer(h, index, weights)
+        return h.square().sum()
+
+    run().backward()
+    plain = frames.frame_count
+    with Gate(layers, part, skip="units") as gate:
+        for seed in range(3):
+            draw = random.Random(seed)
+            gate.apply([draw.random() < 0.5 for _ in range(len(part))])
+            run().backward()
+    assert frames.frame_count == 2 * plain
+
+
+def test_a_gate_that_is_made_leaves_one_that_is_on_alone():
+    model = mixtral_experts("grouped_mm", torch.float32)
+    part = partition(model, "experts")
+    inputs = routed(torch.float32)
+    with Gate(model, part, skip="units") as gate:
+        gate.apply(DECISIONS[0])
+        wanted = gradients(model, model, inputs)
+        other = Gate(model, part, skip="units")
+        with pytest.raises(RuntimeError, match="a gate is on it already"):
+            other.apply([True, True, False, False])
+        assert_alike(gradients(model, model, inputs), wanted, 0.0)
