@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -44,8 +43,6 @@ from lightning_mat.run import (
     samples_of,
 )
 from lightning_mat.schedule import Schedule, steps_per_episode
-
-log = logging.getLogger(__name__)
 
 Threshold = float | str | Mapping[str, float]
 
@@ -208,6 +205,7 @@ class MATCallback(Callback):
         self._stage = ""
         self._loaded: dict[str, Any] = {}
         self._ledger = Ledger()
+        self._said_in_full = self._is_of_last_fit = False
         own = getattr(self.policy, "every_n_steps", None)
         self._steps_alone = own is not None and not self.policy.needs_spectra
         self._step_before = 0
@@ -245,7 +243,10 @@ class MATCallback(Callback):
         if stage != "fit":
             return
         self._ledger, self._restored = Ledger(remember=self._steps_alone), None
+        self._said_in_full = False
         self._undecided, self._order = None, []
+        # What tuners save before this fit has an engine is not the state of the last one.
+        self._loaded, self._is_of_last_fit = {}, self.mat is not None
         self.schedule.begin()
         if self.mat is not None:
             for optimizer in self.mat.optimizers:
@@ -254,6 +255,7 @@ class MATCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Partition the model and wrap its optimizers."""
+        self._is_of_last_fit = False
         output = self._output
         if callable(output):
             output = in_default_dtype(trainer, output)
@@ -278,7 +280,7 @@ class MATCallback(Callback):
         self.schedule.check_warmup(self.policy)
         trainer.strategy.optimizers = list(self.mat.optimizers)
         self._restore()
-        log.info("MAT trains these units adaptively:\n%s", self.mat.part.describe())
+        rank_zero_info(f"MAT trains these units adaptively:\n{self.mat.part.describe()}")
         if frozen := self.mat.part.frozen:
             rank_zero_info(
                 f"MAT: {len(frozen)} parameters are frozen (first {frozen[0]!r}): they belong to "
@@ -343,6 +345,8 @@ class MATCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Account for the step."""
+        if not self._ledger.running:
+            return  # of a batch that is None, Lightning begins nothing
         self.schedule.end_batch(stepped=trainer.global_step != self._step_before)
         mat = self._mat()
         samples = samples_of(batch)
@@ -358,6 +362,14 @@ class MATCallback(Callback):
             }
             log_metrics(trainer, counted, max(self.schedule.decided_at, 0))
         pl_module.log("trained", share, prog_bar=True, logger=False, batch_size=samples)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count nothing of a batch that the module left out when it had begun."""
+        self._ledger.close()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Likewise."""
+        self._ledger.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the calendar never came to a probe."""
@@ -390,7 +402,7 @@ class MATCallback(Callback):
         """
         if self._undecided is not None and not self._steps_alone:
             return self._undecided
-        if self.mat is None or self._restored is not None:
+        if self.mat is None or self._restored is not None or self._is_of_last_fit:
             return self._loaded
         state: dict[str, Any] = {
             "mat": self.mat.state_dict(),
@@ -470,6 +482,13 @@ class MATCallback(Callback):
             return
         if not torch.equal(before.active, decision.active):
             self._ledger.switch(mat.active)
+        if (in_full := mat.gate.in_full) and not self._said_in_full:
+            self._said_in_full = True
+            rank_zero_info(
+                f"MAT: parts of {len(in_full)} parameters (first {in_full[0]!r}) rest in layers "
+                "that no gate rule knows: their gradients are computed in full and cleared there "
+                "(register_gate_rule adds a rule)"
+            )
         if self._steps_alone and mat.episode > 1:
             return  # the first of such episodes is logged, or there would be a row per step
         seconds = mat.probe_seconds - spent

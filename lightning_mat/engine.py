@@ -160,9 +160,15 @@ class MAT:
         # Before the optimizers are wrapped: it may refuse.
         self.gate = Gate(model, self.part, skip=skip, freeze_bn=freeze_bn)
         given = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-        self.optimizers: list[MATOptimizer] = [
-            MATOptimizer(o, model, self.part, waking, on_partition_change) for o in given
-        ]
+        self.optimizers: list[MATOptimizer] = []
+        try:
+            for inner in given:
+                wrapped = MATOptimizer(inner, model, self.part, waking, on_partition_change)
+                self.optimizers.append(wrapped)
+        except BaseException:
+            for wrapped in self.optimizers:
+                wrapped.unwrap()
+            raise
         self.history = History()
         self.spectra: Spectra | None = None
         self.decision = self._everything()

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 # Of Linux's renameat2: names are relative to the current folder; swap the two.
@@ -39,7 +40,7 @@ def old_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}.{_mark(path)}.old{path.suffix}")
 
 
-def put_folder(path: Path) -> None:
+def put_folder(path: Path, stays: Callable[[str], bool] = lambda name: False) -> None:
     """Flush the folder that was written aside and put it in the place of the old one.
 
     On Linux two names are swapped in one step where the file system can do so (ext4, XFS, Btrfs,
@@ -48,6 +49,8 @@ def put_folder(path: Path) -> None:
 
     Args:
         path: The folder; what is to be there lies at :func:`aside_of` it.
+        stays: Whether something in the old folder, by its name, is none of what is replaced, and
+            moves over to the new one.
 
     Raises:
         OSError: If the folder cannot be written; the old one is then unchanged.
@@ -67,6 +70,11 @@ def put_folder(path: Path) -> None:
             remove(old)
             os.rename(path, old)
             os.rename(aside, path)
+    for former in (aside, old):
+        if former.is_dir() and not former.is_symlink():
+            for file in former.iterdir():
+                if stays(file.name) and not os.path.lexists(path / file.name):
+                    os.rename(file, path / file.name)
     _flush(path.parent)
     remove(aside)
     remove(old)

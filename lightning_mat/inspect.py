@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import operator
 import sys
 from typing import Any
 
@@ -19,8 +20,10 @@ def add_parser(commands: Any) -> None:
         "inspect",
         help="show the units of a model",
         description="Build a model and print the table of its units.",
-        epilog="example: lightning-mat inspect torchvision.models:vgg16 "
-        "--arguments '{\"num_classes\": 10}'",
+        epilog="examples: lightning-mat inspect timm:create_model "
+        '--arguments \'{"model_name": "vit_tiny_patch16_224"}\'; '
+        "lightning-mat inspect transformers:AutoModel.from_pretrained "
+        '--arguments \'{"pretrained_model_name_or_path": "FOLDER"}\'',
     )
     parser.add_argument("model", metavar="MODULE:CALLABLE", help="what returns the model")
     parser.add_argument("--arguments", default="{}", help="its keyword arguments, as JSON")
@@ -33,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         model = build(arguments.model, arguments.arguments)
         print(partition(model, arguments.units).describe())
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, RuntimeError, OSError) as error:
         print(f"lightning-mat inspect: {error}", file=sys.stderr)
         return 1
     return 0
@@ -63,7 +66,7 @@ def build(target: str, arguments: str) -> nn.Module:
         )
     if "" not in sys.path:
         sys.path.insert(0, "")
-    made = getattr(importlib.import_module(name), attribute)(**keywords)
+    made = operator.attrgetter(attribute)(importlib.import_module(name))(**keywords)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{target} returned a {type(made).__name__}, not a torch.nn.Module")
     return made

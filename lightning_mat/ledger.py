@@ -43,6 +43,7 @@ class Ledger:
         self._counter: flops.FlopCount | None = None
         self._start = 0.0
         self._backward = False
+        self.running = False
 
     def switch(self, active: Tensor) -> None:
         """Count the next batch, in which other units train, unless its cost is remembered."""
@@ -53,6 +54,8 @@ class Ledger:
 
     def begin(self) -> None:
         """Note the beginning of a batch."""
+        self.close()
+        self.running = True
         if self._due:
             self._counter = self._counting.enter_context(flops.count())
         self._backward = False
@@ -72,6 +75,7 @@ class Ledger:
         Returns:
             Whether this batch was counted, and the others of its episode cost the same.
         """
+        self.running = False
         seconds = time.perf_counter() - self._start
         counter, self._counter = self._counter, None
         counted = counter is not None and self._backward
@@ -92,6 +96,7 @@ class Ledger:
 
     def close(self) -> None:
         """Stop counting, also in the middle of a batch."""
+        self.running = False
         self._counter = None
         self._counting.close()
 

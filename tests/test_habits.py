@@ -9,12 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mat import MAT, policies
+from lightning_mat import MAT, flops, policies
 from lightning_mat.mntk.extent import Extent
 from lightning_mat.run import samples_of
 from tests.lightning_models import Small, data, mat, model, trainer
@@ -309,3 +309,56 @@ def test_second_derivatives_are_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no second derivatives .*units=\"layers\""):
         trainer(tmp_path / "a", mat(units="ffn", policy=policy)).fit(Penalised(), data())
     trainer(tmp_path / "b", mat(units="layers", policy=policy)).fit(Penalised(), data())
+
+
+def test_learning_rates_are_logged_as_those_of_the_optimizer(tmp_path: Path) -> None:
+    monitor = LearningRateMonitor()
+    trainer(tmp_path, mat(every_n_steps=5), monitor).fit(model(), data())
+    assert list(monitor.lrs) == ["lr-AdamW"]
+
+
+def test_a_tuner_does_not_bring_back_the_decision_of_the_last_fit(tmp_path: Path) -> None:
+    callback = mat(every_n_steps=5)
+    trainer(tmp_path / "a", callback).fit(model(), data())
+    assert callback.mat is not None
+    assert not callback.mat.active.all()
+    seen: list[bool] = []
+
+    class First(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            assert callback.mat is not None
+            seen.append(bool(callback.mat.active.all()))
+
+    finder = LearningRateFinder(num_training_steps=4)
+    trainer(tmp_path / "b", finder, callback, First()).fit(Tuned(), data())
+    assert seen[0]
+    assert callback.mat.history.step[0] == 6
+
+
+class Tuned(Small):
+    """Has a learning rate to find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 1e-2
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+class Leaving(Small):
+    """Leaves the rest of an epoch out once an episode has begun."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 3 else None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.counting = flops._eager.open
+
+
+def test_nothing_is_counted_of_a_batch_that_is_left_out(tmp_path: Path) -> None:
+    module = Leaving()
+    callback = mat(every_n_steps=3, warmup_epochs=0)
+    trainer(tmp_path, callback).fit(module, data(), data())
+    assert module.counting == 0
+    assert callback.summary()["probes"] > 1

@@ -119,6 +119,9 @@ class Split:
             return False
         if sizes[1] not in (self.groups, sizes[0]):
             return False
+        # With more dimensions than batch, heads, tokens and width, another may be the heads'.
+        if query.dim() > 4 and not self._chosen.keys().isdisjoint(query.shape[:HEADS]):
+            return False
         return mask is None or mask.dim() < 3 or mask.shape[HEADS] in (1, sizes[0])
 
     def chosen(self, size: int) -> tuple[Selection, Selection]:

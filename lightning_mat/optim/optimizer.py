@@ -310,7 +310,11 @@ class MATOptimizer(Optimizer):
         slicer.rests.load(self.part.names, state.get("mat_rested", {}))
 
     def unwrap(self) -> Optimizer:
-        """Return the inner optimizer as an ordinary one, its state up to date."""
+        """Return the inner optimizer as an ordinary one, its state up to date.
+
+        It has one step count for a parameter, that of the slab with the most: Adam then corrects
+        the moments of slabs with fewer too little, and their next updates are longer.
+        """
         self._slicer.detach()
         return self.inner
 
@@ -319,6 +323,17 @@ class MATOptimizer(Optimizer):
         """The inner optimizer's state, brought up to date."""
         self._slicer.settle()
         return self.inner.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self._slicer.settle()
+        self._slicer.forget()
+        self.inner.state = state
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The inner optimizer, by the name under which Lightning unwraps others' wrappers."""
+        return self.inner
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

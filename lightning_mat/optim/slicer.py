@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -64,6 +66,7 @@ class Slicer:
         self._shown: list[list[Tensor]] | None = None
         self._stepping: list[tuple[Tensor | None, Piece, Tensor, bool]] = []
         self._loaded: list[Pool] = []
+        self._step: FrameType | None = None
         self._attach()
 
     def _attach(self) -> None:
@@ -97,7 +100,7 @@ class Slicer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and hook into the restored optimizer."""
-        self.__dict__.update(state, beside={}, _plan=None, _shown=None)
+        self.__dict__.update(state, beside={}, _plan=None, _shown=None, _step=None)
         self.__dict__.update({key: [] for key in ("_sizes", "_groups", "_stepping", "_loaded")})
         self._attach()
 
@@ -218,6 +221,9 @@ class Slicer:
         sizes = [len(group["params"]) for group in groups]
         if self._plan is None or sizes != self._sizes:
             self.settle()
+            # Somebody may have emptied the state: nothing is known of the slabs then.
+            state = self.inner.state
+            self.histories = {p: known for p, known in self.histories.items() if state.get(p)}
             self._wake()
             self._sizes = sizes
             self._plan = [p for i, group in enumerate(groups) for p in self._plan_group(i, group)]
@@ -232,9 +238,19 @@ class Slicer:
 
     # Stepping
 
+    def _is_inside(self) -> bool:
+        """Return whether a step is within another: PyTorch hooks a class's and its base's."""
+        frame = None if self._step is None else sys._getframe()
+        while frame is not None and frame is not self._step:
+            frame = frame.f_back
+        return frame is not None
+
     def _before_step(
         self, inner: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._is_inside():
+            return None
+        self._step = sys._getframe(1)  # of the step itself, which an error may end without a word
         self.restore()
         self._planned()
         if self._vanilla:
@@ -251,6 +267,9 @@ class Slicer:
         return (inner, closure_then_show, *args[2:]), kwargs
 
     def _after_step(self, *_: object) -> None:
+        if self._step is not sys._getframe(1):
+            return
+        self._step = None
         self.restore()
         self.rests.count()
 

@@ -16,14 +16,20 @@ from lightning_mat.folders import aside_of, put_folder, remove
 _FAILURES = (Exception, CheckpointException)
 
 
+def _is_foreign(name: str) -> bool:
+    """Return whether a file in the folder of a checkpoint is none of the checkpoint's."""
+    return name not in (".metadata", "meta.pt") and not name.endswith(".distcp")
+
+
 class AtomicModelParallelStrategy(ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy``, which writes a sharded checkpoint aside and swaps it.
 
     A sharded checkpoint is a folder with a file of each process. Lightning writes these into the
     folder that is there: a kill leaves a ``last.ckpt`` of which some files are of another step
     than the others, and which loads. Here it is written into a folder beside, flushed to the disk,
-    and put in the place of the old one; see :func:`lightning_mat.folders.put_folder` for what that
-    is worth on which file system. It takes the disk space of a second checkpoint meanwhile.
+    and put in the place of the old one; what else lies in that folder stays. See
+    :func:`lightning_mat.folders.put_folder` for what that is worth on which file system. It takes
+    the disk space of a second checkpoint meanwhile.
 
     With ``save_distributed_checkpoint=False`` a checkpoint is one file, and it takes
     ``plugins=[AtomicCheckpointIO()]`` to write that in the same way.
@@ -68,7 +74,7 @@ class AtomicModelParallelStrategy(ModelParallelStrategy):
             if failed is not None:
                 remove(aside)
                 raise failed
-            put_folder(path)
+            put_folder(path, stays=_is_foreign)
 
         self._on_first(finish)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from lightning_mat.policies.base import OUTRANKED, PROTECTED, RANKED, Decision, Policy, UnitTable
+from lightning_mat.policies.check import check_policy
 from lightning_mat.policies.criteria import check_criterion, criterion_values
 from lightning_mat.policies.history import History
 
@@ -56,6 +57,8 @@ class Top:
         """Check the fraction and the criterion."""
         check_criterion(self.criterion)
         given = self.fraction
+        if isinstance(given, type):
+            check_policy(given)
         number = isinstance(given, Real) and 0 <= float(given) <= 1
         if not number and not isinstance(given, Policy):
             raise ValueError(

@@ -17,6 +17,10 @@ from lightning_mat.units.lookup import LinearMap, Lookup, join, name_layers
 from lightning_mat.units.patterns import FFN_PATTERNS
 from lightning_mat.units.unit import Slice, Unit
 
+# Networks of so few inputs and many neurons map coordinates to position biases (Swin V2), once for
+# all samples.
+COORDINATES = 3
+
 
 def default_width(hidden: int) -> int:
     """Return the hidden neurons per unit: a sixteenth, within 64 and 128, at most a quarter.
@@ -129,6 +133,9 @@ def _network(path: str, maps: list[LinearMap | None]) -> Network | None:
     if second is None:
         return None
     hidden = second.n_in
+    inputs = max((linear.n_in for linear in first if linear is not None), default=0)
+    if inputs <= COORDINATES and hidden > 16 * inputs:
+        return None
     parts: list[LinearMap] = []
     for linear in first:
         if linear is None or linear.n_out not in (hidden, 2 * hidden):

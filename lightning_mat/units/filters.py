@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from lightning_mat.units.lookup import Lookup, join
 from lightning_mat.units.unit import Slice, Unit
@@ -49,6 +50,8 @@ class Filters:
             if not isinstance(module, CONVOLUTIONS):
                 continue
             owned = lookup.own_parameters(path)
+            if parametrize.is_parametrized(module, "weight"):
+                continue  # its rows are computed from other parameters
             owned += lookup.own_parameters(norms[path]) if path in norms else []
             if not owned or not taken.isdisjoint(owned):
                 continue
@@ -62,6 +65,16 @@ class Filters:
                 for i in range(module.out_channels)
             ]
         return units
+
+    def hint(self, model: nn.Module) -> str:
+        """Say why convolutions have no filters that could be units."""
+        found = [m for _, m in Lookup(model) if isinstance(m, CONVOLUTIONS)]
+        if not any(parametrize.is_parametrized(m, "weight") for m in found):
+            return ""
+        return (
+            "the weights of its convolutions are computed from other parameters "
+            "(torch.nn.utils.parametrizations), so that no row of a parameter is a filter"
+        )
 
 
 def following_norms(lookup: Lookup) -> dict[str, str]:

@@ -101,10 +101,18 @@ class Heads:
 
     def hint(self, model: nn.Module) -> str:
         """Name modules that seem to be attention but whose projections are not recognised."""
+        lookup = Lookup(model)
+        reasons = ((path, _handed_on(lookup, path, module)) for path, module in lookup)
+        handed = [f"{path} ({why})" for path, why in reasons if why]
+        if handed:
+            return (
+                "these modules use the weights of their projections without calling them, so that "
+                f"they cannot be measured: {'; '.join(handed[:3])}"
+            )
         suspects = [
             f"{path or 'the model'} ({type(module).__name__}: "
             f"{', '.join(n for n, _ in module.named_children()) or 'no layers'})"
-            for path, module in Lookup(model)
+            for path, module in lookup
             if (_count(HEAD_COUNTS, [module]) or "attention" in type(module).__name__.lower())
             and next(module.parameters(), None) is not None
         ]
@@ -132,7 +140,27 @@ def find_attention(model: nn.Module) -> list[Attention]:
 
 
 def _found(lookup: Lookup) -> list[Attention]:
-    return [a for path, m in lookup if (a := _attention(lookup, path, m)) is not None]
+    return [
+        a
+        for path, m in lookup
+        if not _handed_on(lookup, path, m) and (a := _attention(lookup, path, m)) is not None
+    ]
+
+
+def _handed_on(lookup: Lookup, path: str, module: nn.Module) -> str:
+    """Return why no call of the projections of an attention shows their use; "" if calls do."""
+    home = type(module).__module__
+    if home == "torchvision.models.swin_transformer":
+        return "torchvision's Swin hands them to a function"
+    own = {name.rpartition(".")[2] for name in lookup.own_parameters(path)}
+    if own.isdisjoint(ATTENTION_BIASES):
+        return ""
+    if home == "timm.models.swin_transformer_v2":
+        return "timm's Swin V2 adds biases of its own to them, window by window"
+    # timm's BEiT and EVA add the biases within F.linear, unless they are asked not to.
+    if getattr(module, "qkv_bias_separate", None) is False:
+        return "set its qkv_bias_separate = True, which computes the same by calling it"
+    return ""
 
 
 def _count(names: Sequence[str], holders: Iterable[object]) -> int | None:

@@ -114,6 +114,9 @@ ATTENTION_PATTERNS: list[AttentionPattern] = [
     _separate("", "q_proj k_proj v_proj out_proj"),
     _separate("", "q_proj k_proj v_proj output_proj"),
     _separate("", "q_proj k_proj v_proj dense"),
+    # timm EVA-02; Wav2Vec2-BERT.
+    _separate("", "q_proj k_proj v_proj proj"),
+    _separate("", "linear_q linear_k linear_v linear_out"),
     # T5 and Switch Transformers; DistilBERT; Meta's Llama; diffusers; timm.
     _separate("", "q k v o"),
     _separate("", "q_lin k_lin v_lin out_lin"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -178,15 +179,37 @@ def _checked(rule: Rule, found: object) -> list[Unit]:
 
 
 def _automatic(model: nn.Module) -> list[Unit]:
-    choices: list[list[Rule]] = [[Experts(), Heads()], [Heads(), FFN()], [Filters()], [Layers()]]
-    for rules in choices:
-        per_rule = [kept for _, kept in _collect(rules, model)]
-        if per_rule[0]:
-            return [unit for kept in per_rule for unit in kept]
+    heads, why = _usable(Heads(), model)
+    choices: list[list[Rule]] = [[Experts(), *heads], [*heads, FFN()], [Filters()], [Layers()]]
+    found = [[unit for _, kept in _collect(rules, model) for unit in kept] for rules in choices]
+    kinds = [{unit.kind for unit in units} for units in found]
+    chosen = 0 if "expert" in kinds[0] else 1 if "head" in kinds[1] else 2
+    # A transformer whose heads are not recognised, rather than a network of convolutions.
+    if chosen == 2 and why and _size(found[1], model) > _size(found[2], model):
+        chosen = 1
+    if chosen < 2 and why:
+        warnings.warn(f"units chosen without heads: {why}", stacklevel=3)
+    if units := found[chosen] or found[3]:
+        return units
     raise ValueError(
         f"all parameters of {type(model).__name__} are frozen (requires_grad=False): nothing could "
         "train or rest"
     )
+
+
+def _usable(heads: Heads, model: nn.Module) -> tuple[list[Rule], str]:
+    """Return the rule if it finds heads, and otherwise why a model with attention has none."""
+    try:
+        if heads.find(model, frozenset()):
+            return [heads], ""
+    except ValueError as error:
+        return [], str(error)
+    return [], heads.hint(model)
+
+
+def _size(units: Sequence[Unit], model: nn.Module) -> int:
+    """Return how many elements units have."""
+    return int(Partition(units, model).numel.sum()) if units else 0
 
 
 def _nothing_found(rule: Rule, found: int, model: nn.Module) -> str:

@@ -314,6 +314,15 @@ def test_other_shapes_run_plainly():
         assert found.any()
 
 
+def test_windows_are_not_taken_for_heads():
+    """Hiera has [batch, heads, windows, tokens, width], with as many windows as heads somewhere."""
+    q, k, v = tensors(*[(2, 4, 4, 5, 6)] * 3)
+    wanted = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), q)[0]
+    with SplitAttention(split(4, [False, True])):
+        out = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), q)[0], wanted)
+
+
 def test_only_what_trains_is_saved():
     q, k, v = tensors((1, 8, 16, 4), (1, 8, 16, 4), (1, 8, 16, 4))
     bytes_of = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, Adam, Muon, Optimizer, SparseAdam
 
+from lightning_mat import MAT
 from lightning_mat.optim import MATOptimizer
 from lightning_mat.optim import optimizer as module
 from lightning_mat.units.core import Partition
@@ -165,3 +167,89 @@ def test_a_sliced_parameter_must_be_a_plain_tensor() -> None:
     optimizer.apply([True, False])
     with pytest.raises(TypeError, match="'weight' is a Special"):
         optimizer.step()
+
+
+class Counted(SGD):
+    """Counts its steps, around those of its base, with the closure or behind it."""
+
+    first = False
+
+    def step(self, closure=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.first and closure is not None:
+            closure()
+            closure = None
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closing", [None, "by the base", "before the base"])
+def test_a_step_within_a_step_is_one(closing):
+    """PyTorch hooks the steps of a class and of its base once a plain one was made."""
+    SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    model, twin = nn.Linear(1, 2), nn.Linear(1, 2)
+    twin.load_state_dict(model.state_dict())
+    units = [
+        Unit(f"{i}", "ffn", "fc", (Slice("weight", 0, i, i + 1), Slice("bias", 0, i, i + 1)))
+        for i in (0, 1)
+    ]
+    MATOptimizer.register_elementwise(Counted)
+    Counted.first = closing == "before the base"
+    inner = Counted(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = MATOptimizer(inner, model, Partition(units, model))
+    other = SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    optimizer.apply([True, False])
+
+    def gradients(net):
+        net.zero_grad()
+        net(torch.ones(1)).square().sum().backward()
+
+    for turn in range(4):
+        if turn == 2:  # an error ends a step without a word to its hooks
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step(lambda: 1 / 0)
+        if closing is None:
+            gradients(model)
+            optimizer.step()
+        else:
+            optimizer.step(lambda: gradients(model))
+        gradients(twin)
+        other.step()
+        assert torch.equal(model.weight[0], twin.weight[0])
+        assert optimizer.param_groups[0]["params"][0] is model.weight
+    assert not torch.equal(model.weight[1], twin.weight[1])
+
+
+def test_a_state_that_somebody_empties_begins_anew():
+    torch.manual_seed(0)
+    model = nn.Linear(1, 2, bias=False)
+    units = [Unit(f"{i}", "ffn", "fc", (Slice("weight", 0, i, i + 1),)) for i in (0, 1)]
+    optimizer = MATOptimizer(Adam(model.parameters(), lr=0.1), model, Partition(units, model))
+
+    def step():
+        model.weight.grad = torch.ones(2, 1)
+        before = model.weight.detach().clone()
+        optimizer.step()
+        return (before - model.weight.detach()).flatten().tolist()
+
+    for empty in (lambda: optimizer.state.clear(), lambda: setattr(optimizer, "state", new())):
+        optimizer.apply([True, True])
+        step()
+        optimizer.apply([True, False])
+        for _ in range(5):
+            step()
+        empty()
+        assert step() == pytest.approx([0.1, 0.0])
+        optimizer.apply([True, True])
+        assert step() == pytest.approx([0.1, 0.1], rel=1e-3)
+
+
+def new():
+    return defaultdict(dict)
+
+
+def test_an_engine_that_refuses_an_optimizer_lets_go_of_the_others():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    good = Adam(model[0].parameters())
+    with pytest.raises(TypeError, match="not known to be elementwise"):
+        MAT(model, [good, torch.optim.LBFGS(model[1].parameters())], units="layers")
+    MAT(model, good, units="layers").close()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_mat import folders
 from lightning_mat.folders import aside_of, put_folder
-from lightning_mat.parallel.atomic import AtomicModelParallelStrategy
+from lightning_mat.parallel.atomic import AtomicModelParallelStrategy, _is_foreign
 from tests.lightning_models import trainer
 
 
@@ -170,3 +170,22 @@ def test_one_file_is_left_to_lightning(tmp_path: Path, monkeypatch: pytest.Monke
     strategy = AtomicModelParallelStrategy(save_distributed_checkpoint=False)
     strategy.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     assert passed == [({"step": 1}, tmp_path / "last.ckpt", None)]
+
+
+@pytest.mark.parametrize("code", [None, errno.EINVAL])
+def test_what_else_lies_in_the_folder_stays(
+    code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code is not None:
+        monkeypatch.setattr(folders, "exchange", cannot(code))
+    path = tmp_path / "run"
+    (path / "last.ckpt").mkdir(parents=True)
+    (path / "metrics.csv").write_text("loss")
+    (path / "__1_0.distcp").write_text("of the former one")
+    for text in ("one", "two"):
+        written(path, text)
+        put_folder(path, stays=_is_foreign)
+        assert found(path) == text
+        assert (path / "metrics.csv").read_text() == "loss"
+    assert sorted(os.listdir(path)) == ["last.ckpt", "meta.pt", "metrics.csv"]
+    assert os.listdir(tmp_path) == ["run"]

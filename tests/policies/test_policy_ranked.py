@@ -133,3 +133,8 @@ def test_a_ranking_is_a_pure_function(make):
 def test_a_fraction_that_is_none_is_refused(fraction):
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], or a policy, got"):
         policies.Top(fraction)
+
+
+def test_a_class_in_the_place_of_a_policy_is_named_at_once():
+    with pytest.raises(TypeError, match=r"got the class Random: make one of it"):
+        policies.Top(policies.Random)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_mat import MAT
 from lightning_mat.units import (
     FFN,
     Heads,
@@ -258,3 +259,90 @@ def test_describe_is_a_table_a_person_can_read():
             "total                       6         618          100.0%",
         ]
     )
+
+
+def beit() -> nn.Module:
+    timm = pytest.importorskip("timm.models.beit")
+    return timm.Beit(img_size=32, embed_dim=32, depth=4, num_heads=4, qkv_bias=True, num_classes=3)
+
+
+def eva() -> nn.Module:
+    timm = pytest.importorskip("timm.models.eva")
+    return timm.Eva(
+        img_size=32,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        qkv_fused=False,
+        swiglu_mlp=True,
+        num_classes=3,
+    )
+
+
+def swin_v2() -> nn.Module:
+    timm = pytest.importorskip("timm.models.swin_transformer_v2")
+    return timm.SwinTransformerV2(
+        img_size=32, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=3
+    )
+
+
+def torchvision_swin() -> nn.Module:
+    models = pytest.importorskip("torchvision.models.swin_transformer")
+    return models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=3)
+
+
+def test_auto_knows_projections_of_their_own_names():
+    assert set(partition(eva()).kinds) == {"head", "ffn"}
+
+
+@pytest.mark.parametrize("build", [beit, swin_v2, torchvision_swin])
+def test_auto_leaves_out_heads_that_cannot_be_measured_and_says_so(build):
+    torch.manual_seed(0)
+    model = build()
+    with pytest.warns(UserWarning, match="without heads: .* without calling them"):
+        part = partition(model)
+    assert set(part.kinds) == {"ffn"}
+    assert not any("cpb" in name for name in part.owners)
+    engine = MAT(model, units=part)
+    engine.update(torch.randn(4, 3, 32, 32), step=0)
+    assert engine.spectra.finite.all()
+
+
+def test_heads_can_be_measured_once_their_layers_are_called():
+    torch.manual_seed(0)
+    model = beit()
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+    part = partition(model)
+    assert set(part.kinds) == {"head", "ffn"}
+    MAT(model, units=part).update(torch.randn(4, 3, 32, 32), step=0)
+
+
+def test_an_attention_whose_sizes_do_not_fit_is_left_out_by_auto():
+    model = encoder()
+    model.self_attn = nn.Module()
+    model.self_attn.q_proj, model.self_attn.k_proj = nn.Linear(8, 10), nn.Linear(8, 8)
+    model.self_attn.v_proj, model.self_attn.o_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    model.self_attn.num_heads = 4
+    with pytest.warns(UserWarning, match="without heads: .* 4 heads, which do not divide"):
+        part = partition(model)
+    assert set(part.kinds) == {"ffn"}
+    with pytest.raises(ValueError, match="do not divide"):
+        partition(model, "heads")
+
+
+def test_attention_in_a_convolutional_network_leaves_it_one():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    model.attention = nn.Module()
+    model.attention.fc1, model.attention.fc2 = nn.Linear(32, 4), nn.Linear(4, 32)
+    model.attention.num_heads = 2
+    assert set(partition(model).kinds) == {"filter"}
+
+
+def test_a_parametrized_convolution_has_no_filters():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3))
+    with pytest.raises(ValueError, match="no filters in .*: .* computed from other parameters"):
+        partition(conv, "filters")
+    both = nn.Sequential(conv, nn.Conv1d(4, 5, 3))
+    assert partition(both, "filters").names == tuple(f"1.filter.{i}" for i in range(5))
