@@ -41,7 +41,8 @@ class Schedule:
     """Counts epochs or optimizer steps, and lets decisions change between optimizer steps only.
 
     An episode that is due while gradients are being accumulated waits for the step: its units
-    would otherwise be stepped with the gradients of a part of their batches.
+    would otherwise be stepped with the gradients of a part of their batches. With several
+    optimizers that step in different batches it waits for a step of any.
 
     Args:
         every_n_epochs: Epochs per episode.

@@ -362,3 +362,21 @@ def test_nothing_is_counted_of_a_batch_that_is_left_out(tmp_path: Path) -> None:
     trainer(tmp_path, callback).fit(module, data(), data())
     assert module.counting == 0
     assert callback.summary()["probes"] > 1
+
+
+class Shared(nn.Module):
+    """Projects positions once for all samples, as DeBERTa does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.relative, self.out = (nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("positions", torch.linspace(-1, 1, 18).view(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inner(x)) @ self.relative(self.positions).mean(0).diag())
+
+
+def test_a_layer_that_runs_once_for_all_samples_is_named() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"'relative' .* once for all samples.* shape \(3, 6\)"):
+        MAT(Shared(), units="layers").update(torch.randn(8, 6), step=0)

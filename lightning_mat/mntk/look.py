@@ -129,10 +129,15 @@ def sample_ids(call: Call, plain: Tensor, weighted: Tensor, samples: int) -> Ten
     try:
         return row_ids(plain, weighted, plain.dim() - 1, samples)
     except CrossSampleError as error:
+        layer = f"layer {call.site!r} ({type(call.module).__name__}) has no per-sample gradient: "
+        if isinstance(call.x, Tensor) and call.x.dim() and len(call.x) % samples:
+            raise CrossSampleError(
+                f"{layer}it runs once for all samples, on an input of shape {tuple(call.x.shape)}; "
+                "choose units that leave it out (see docs/units.md)"
+            ) from None
         raise CrossSampleError(
-            f"layer {call.site!r} ({type(call.module).__name__}) has no per-sample gradient: "
-            f"{error}. A layer above it mixes the samples of a batch; leave the units below that "
-            "layer out, or replace it"
+            f"{layer}{error}. A layer above it mixes the samples of a batch; leave the units below "
+            "that layer out, or replace it"
         ) from None
 
 
