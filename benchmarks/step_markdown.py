@@ -22,7 +22,7 @@ def joined(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         model = result["model"]
         compiled_name = name.replace(f"step-{model}", f"step-{model}-compiled", 1)
         compiled = results.get(compiled_name)
-        if compiled is None or compiled["settings"] != result["settings"]:
+        if compiled is None or _setting(compiled) != _setting(result):
             continue
         del found[compiled_name]
         anew = {_way(row) for row in compiled["steps"]}
@@ -33,6 +33,11 @@ def joined(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "compiled": {compiled_name: compiled},
         }
     return found
+
+
+def _setting(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a step was; how often it was timed makes no other."""
+    return {key: value for key, value in result["settings"].items() if key != "rounds"}
 
 
 def _way(row: Mapping[str, Any]) -> tuple[Any, ...]:
