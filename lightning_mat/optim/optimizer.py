@@ -319,7 +319,7 @@ class MATOptimizer(Optimizer):
         return self.inner
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The inner optimizer's state, brought up to date."""
         self._slicer.settle()
         return self.inner.state

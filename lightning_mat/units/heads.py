@@ -152,13 +152,16 @@ def _handed_on(lookup: Lookup, path: str, module: nn.Module) -> str:
     home = type(module).__module__
     if home == "torchvision.models.swin_transformer":
         return "torchvision's Swin hands them to a function"
+    separate = getattr(module, "qkv_bias_separate", None)
+    if separate is None:
+        return ""
     own = {name.rpartition(".")[2] for name in lookup.own_parameters(path)}
     if own.isdisjoint(ATTENTION_BIASES):
         return ""
     if home == "timm.models.swin_transformer_v2":
         return "timm's Swin V2 adds biases of its own to them, window by window"
     # timm's BEiT and EVA add the biases within F.linear, unless they are asked not to.
-    if getattr(module, "qkv_bias_separate", None) is False:
+    if not separate:
         return "set its qkv_bias_separate = True, which computes the same by calling it"
     return ""
 

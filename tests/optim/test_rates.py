@@ -204,7 +204,9 @@ def test_decisions_that_alternate_leave_nothing_behind(how: str) -> None:
         return len(alive), len(inner.state)
 
     alternate(3)
-    assert alternate(1) == alternate(6)
+    (few, states), (many, states_later) = alternate(1), alternate(6)
+    assert many <= few  # what else was alive may have gone
+    assert states == states_later
     assert len(inner.param_groups) == 1
 
 
