@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,16 @@ def by_loop(func: Callable[..., Any]) -> bool | None:
     if getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback":
         return True
     return None
+
+
+def ends_of(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return where each expert's rows end, if a call is a grouped product and nothing more."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    if by_loop(func) is None or len(args) != 2 or given.keys() != {"offs"}:
+        return None
+    return cast(Tensor, given["offs"])
 
 
 _TRANSPOSES = (Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.swapdims)

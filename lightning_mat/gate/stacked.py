@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_mat.gate.grouped import Experts, GroupedProduct, by_loop, turns
+from lightning_mat.gate.grouped import Experts, GroupedProduct, ends_of, turns
 from lightning_mat.gate.once import once_differentiable
 
 
@@ -104,14 +104,11 @@ def _handled(
             return first.gathered(args[1]) if isinstance(args[1], Tensor) else None
         if first.param.dim() == 3 and turns(func, args, kwargs):
             return Stacked.make(first.param, first.experts, turned=not first.turned)
-    stack = args[1] if len(args) == 2 else None
-    if isinstance(stack, Stacked) and by_loop(func) is not None:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if given.keys() == {"offs"}:
-            out = GroupedProduct.apply(
-                func, first, stack.param, given["offs"], stack.experts, stack.turned
-            )
-            return cast(Tensor, out)
+    ends = ends_of(func, args, kwargs)
+    if ends is not None and isinstance(args[1], Stacked):
+        stack = args[1]
+        out = GroupedProduct.apply(func, first, stack.param, ends, stack.experts, stack.turned)
+        return cast(Tensor, out)
     return None
 
 

@@ -23,6 +23,7 @@ from lightning_mat.gate.grouped import (
     Chosen,
     Experts,
     by_loop,
+    ends_of,
     keep,
     row_gradient,
     turns,
@@ -135,7 +136,6 @@ def _handled(
 ) -> Tensor | None:
     """Return what a function makes of a stand-in, None where it has no special case."""
     first = args[0] if args else None
-    second = args[1] if len(args) == 2 else None
     if isinstance(first, TracedStack) and first.param.dim() == 3:
         if turns(func, args, kwargs):
             return TracedStack.make(
@@ -145,16 +145,14 @@ def _handled(
                 cuts=first.cuts,
                 seen=first.seen,
             )
-        if func is Tensor.__getitem__ and isinstance(second, Tensor) and not first.turned:
-            return _gathered(first, second)
-    if isinstance(second, TracedStack) and by_loop(func) is not None:
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if given.keys() == {"offs"}:
-            second.seen[second.place] = None
-            out = TracedProduct.apply(
-                func, first, second.param, given["offs"], second.place.number, second.turned
-            )
-            return cast(Tensor, out)
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not first.turned:
+            return _gathered(first, args[1])
+    ends = ends_of(func, args, kwargs)
+    if ends is not None and isinstance(args[1], TracedStack):
+        stack = args[1]
+        stack.seen[stack.place] = None
+        out = TracedProduct.apply(func, first, stack.param, ends, stack.place.number, stack.turned)
+        return cast(Tensor, out)
     return None
 
 
