@@ -66,7 +66,8 @@ def build(target: str, arguments: str) -> nn.Module:
         )
     if "" not in sys.path:
         sys.path.insert(0, "")
-    made = operator.attrgetter(attribute)(importlib.import_module(name))(**keywords)
+    found = operator.attrgetter(attribute)(importlib.import_module(name))
+    made = found if isinstance(found, nn.Module) else found(**keywords)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{target} returned a {type(made).__name__}, not a torch.nn.Module")
     return made

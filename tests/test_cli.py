@@ -6,10 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from lightning_mat.cli import main
 from tests.lightning_models import data, model, trainer
 from tests.test_callback import mat
+
+NET = nn.Linear(2, 2)
+
+
+def test_inspect_shows_a_model_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "tests.test_cli:NET"]) == 0
+    assert "layer" in capsys.readouterr().out
 
 
 def test_inspect_prints_the_units(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,10 +96,12 @@ class Gate:
         held = dict(model.named_parameters())
         for name in part.owners:
             if name not in held or held[name].shape != part.shapes[name]:
+                near = next((known for known in held if known.endswith(f".{name}")), None)
                 raise ValueError(
                     f"the partition has a parameter {name!r} of shape "
-                    f"{tuple(part.shapes[name])}, which this model has not: make the partition of "
-                    "the same model"
+                    f"{tuple(part.shapes[name])}, which this model has not"
+                    f"{'' if near is None else f' (but {near!r})'}: make the partition of the same "
+                    "model, which under Lightning is the LightningModule"
                 )
         self._sites = find_sites(model, part, units=skip == "units", batch_norms=freeze_bn)
         # Of sharded parameters those that gradients arrive at; FSDP hands them on.

@@ -187,7 +187,7 @@ def _automatic(model: nn.Module) -> list[Unit]:
     # A transformer whose heads are not recognised, rather than a network of convolutions.
     if chosen == 2 and why and _size(found[1], model) > _size(found[2], model):
         chosen = 1
-    if chosen < 2 and why:
+    if why:
         warnings.warn(f"units chosen without heads: {why}", stacklevel=3)
     if units := found[chosen] or found[3]:
         return units

@@ -346,3 +346,16 @@ def test_a_parametrized_convolution_has_no_filters():
         partition(conv, "filters")
     both = nn.Sequential(conv, nn.Conv1d(4, 5, 3))
     assert partition(both, "filters").names == tuple(f"1.filter.{i}" for i in range(5))
+
+
+def test_auto_says_so_where_attention_has_names_of_its_own():
+    class Attention(nn.Module):
+        num_heads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.ask, self.match, self.read, self.write = (nn.Linear(8, 8) for _ in range(4))
+
+    with pytest.warns(UserWarning, match="without heads: .* look like attention"):
+        part = partition(Attention())
+    assert set(part.kinds) == {"layer"}
