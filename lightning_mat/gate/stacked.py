@@ -20,7 +20,50 @@ class NotTracedError(Exception):
     """A mixture does with a parameter what no graph has for all decisions."""
 
 
-class Stacked(Tensor):
+class StandIn(Tensor):
+    """Stands in for a tensor; what it has no answer for sees the tensor itself."""
+
+    def plain(self) -> Tensor:
+        """Return the tensor."""
+        raise NotImplementedError
+
+    @staticmethod
+    def handled(
+        func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Return what a function makes of stand-ins, None where it has no special case."""
+        raise NotImplementedError
+
+    def refuse(self, func: Callable[..., Any]) -> None:
+        """Raise where another function may not make a tensor of this one."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer, or ask the tensor itself."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            known = cls.handled(func, args, kwargs)
+            if known is not None:
+                return known
+            out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+            if any(isinstance(x, Tensor) for x in tree_leaves(out)):
+                for x in tree_leaves((args, kwargs)):
+                    if isinstance(x, StandIn):
+                        x.refuse(func)
+            return out
+
+
+def _plain(x: object) -> object:
+    return x.plain() if isinstance(x, StandIn) else x
+
+
+class Stacked(StandIn):
     """Stands in for a parameter ``[E, ...]`` of which some experts rest.
 
     Experts that are taken out one by one are slices of the parameter, those at rest constants.
@@ -61,58 +104,40 @@ class Stacked(Tensor):
         """Return one expert's matrix for each row, None where no gradient has to be cut."""
         if self.param.dim() != 3 or self.experts.passing.all or numbers.dtype == torch.bool:
             return None
-        rows = self.param[numbers]
-        # Still in the graph: what knows nothing of subclasses gets gradients in full, none is lost.
-        made = rows.as_subclass(Gathered)
-        made.rows, made.live = rows, self.experts.passing.among(numbers)
-        return made
+        return Gathered.make(self.param[numbers], self.experts.passing.among(numbers))
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    @staticmethod
+    def handled(
+        func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
         """Handle what mixtures do with their parameters."""
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            known = _handled(func, args, kwargs)
-            if known is not None:
-                return known
-            out = func(*tree_map(_parameter, args), **tree_map(_parameter, kwargs))
-            stacks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Stacked)]
-            if any(isinstance(x, Tensor) for x in tree_leaves(out)):
-                for stack in stacks:
-                    # Vectors, such as biases, pass gradients on to nothing but themselves.
-                    if stack.param.dim() > 2 and not stack.experts.passing.all:
-                        _refuse(stack.param, func)
-            return out
+        first = args[0] if args else None
+        if isinstance(first, Stacked):
+            if func == Tensor.__getitem__ and not first.turned:
+                number = _number(args[1])
+                if number is not None:
+                    return first.expert(number)
+                return first.gathered(args[1]) if isinstance(args[1], Tensor) else None
+            if first.param.dim() == 3 and turns(func, args, kwargs):
+                return Stacked.make(first.param, first.experts, turned=not first.turned)
+        ends = ends_of(func, args, kwargs)
+        if ends is not None and isinstance(args[1], Stacked):
+            stack = args[1]
+            out = GroupedProduct.apply(func, first, stack.param, ends, stack.experts, stack.turned)
+            return cast(Tensor, out)
+        return None
+
+    def refuse(self, func: Callable[..., Any]) -> None:
+        """Raise where gradients would travel through experts at rest."""
+        # Vectors, such as biases, pass gradients on to nothing but themselves.
+        if self.param.dim() > 2 and not self.experts.passing.all:
+            _refuse(self.param, func)
 
 
-def _handled(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """Return what a function makes of a stand-in, None where it has no special case."""
-    first = args[0] if args else None
-    if isinstance(first, Stacked):
-        if func == Tensor.__getitem__ and not first.turned:
-            number = _number(args[1])
-            if number is not None:
-                return first.expert(number)
-            return first.gathered(args[1]) if isinstance(args[1], Tensor) else None
-        if first.param.dim() == 3 and turns(func, args, kwargs):
-            return Stacked.make(first.param, first.experts, turned=not first.turned)
-    ends = ends_of(func, args, kwargs)
-    if ends is not None and isinstance(args[1], Stacked):
-        stack = args[1]
-        out = GroupedProduct.apply(func, first, stack.param, ends, stack.experts, stack.turned)
-        return cast(Tensor, out)
-    return None
+_PRODUCTS = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
-class Gathered(Tensor):
+class Gathered(StandIn):
     """A matrix for each row, that of its expert, some of which rest.
 
     Products with it are computed in full, and cut behind: right, but nothing is saved.
@@ -121,31 +146,34 @@ class Gathered(Tensor):
     rows: Tensor
     live: Tensor
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    @staticmethod
+    def make(rows: Tensor, live: Tensor) -> Gathered:
+        """Return a stand-in for ``rows``, of which those that are ``live`` pass gradients on."""
+        # Still in the graph: what knows nothing of subclasses gets gradients in full, none is lost.
+        made = rows.as_subclass(Gathered)
+        made.rows, made.live = rows, live
+        return made
+
+    def plain(self) -> Tensor:
+        """Return the matrices."""
+        return self.rows
+
+    @staticmethod
+    def handled(
+        func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
         """Make the products of experts at rest constants."""
-        kwargs = kwargs or {}
-        matrices = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Gathered))
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*tree_map(_rows, args), **tree_map(_rows, kwargs))
-            if func in _PRODUCTS and out.dim() == 3 and len(out) == len(matrices.live):
-                return torch.where(matrices.live.view(-1, 1, 1), out, out.detach())
-            if any(isinstance(x, Tensor) for x in tree_leaves(out)):
-                _refuse(matrices.rows, func)
-            return out
+        if func not in _PRODUCTS:
+            return None
+        live = next(x.live for x in tree_leaves((args, kwargs)) if isinstance(x, Gathered))
+        out = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+        if out.dim() != 3 or len(out) != len(live):
+            return None
+        return torch.where(live.view(-1, 1, 1), out, out.detach())
 
-
-_PRODUCTS = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
-
-
-def _rows(x: object) -> object:
-    return x.rows if isinstance(x, Gathered) else x
+    def refuse(self, func: Callable[..., Any]) -> None:
+        """Raise where gradients would travel through experts at rest."""
+        _refuse(self.rows, func)
 
 
 class Constant(Tensor):
@@ -201,10 +229,6 @@ def _number(index: object) -> int | None:
         # PyTorch reads it from the device in the same way.
         return int(index) if index.dim() == 0 and index.dtype != torch.bool else None
     return index if isinstance(index, int) and not isinstance(index, bool) else None
-
-
-def _parameter(x: object) -> object:
-    return x.plain() if isinstance(x, Stacked) else x
 
 
 def _value(x: object) -> object:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mat.gate.buffer import fresh_buffers
 from lightning_mat.gate.compiled import Numbered
@@ -30,7 +29,7 @@ from lightning_mat.gate.grouped import (
     weight_gradient,
 )
 from lightning_mat.gate.once import once_differentiable
-from lightning_mat.gate.stacked import Gathered, NotTracedError
+from lightning_mat.gate.stacked import Gathered, NotTracedError, StandIn
 
 
 class StackPlace(Numbered):
@@ -79,7 +78,7 @@ def show_products() -> None:
         get_overridable_functions().add(torch._grouped_mm)
 
 
-class TracedStack(Tensor):
+class TracedStack(StandIn):
     """Stands in for a parameter ``[E, ...]`` while a compiler traces the mixture's forward."""
 
     param: Tensor
@@ -111,55 +110,40 @@ class TracedStack(Tensor):
         made.cuts, made.seen = cuts, seen
         return made
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def plain(self) -> Tensor:
+        """Return the parameter, turned as this is."""
+        return self.param.transpose(-2, -1) if self.turned else self.param
+
+    @staticmethod
+    def handled(
+        func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
         """Handle the products that mixtures make without going through the experts themselves."""
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            known = _handled(func, args, kwargs)
-            if known is not None:
-                return known
-            out = func(*tree_map(_parameter, args), **tree_map(_parameter, kwargs))
-            if any(isinstance(x, Tensor) for x in tree_leaves(out)):
-                raise NotTracedError
-            return out
-
-
-def _handled(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """Return what a function makes of a stand-in, None where it has no special case."""
-    first = args[0] if args else None
-    if isinstance(first, TracedStack) and first.param.dim() == 3:
-        if turns(func, args, kwargs):
-            return TracedStack.make(
-                first.param,
-                first.place,
-                turned=not first.turned,
-                cuts=first.cuts,
-                seen=first.seen,
+        first = args[0] if args else None
+        if isinstance(first, TracedStack) and first.param.dim() == 3:
+            if turns(func, args, kwargs):
+                return TracedStack.make(
+                    first.param,
+                    first.place,
+                    turned=not first.turned,
+                    cuts=first.cuts,
+                    seen=first.seen,
+                )
+            if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not first.turned:
+                return _gathered(first, args[1])
+        ends = ends_of(func, args, kwargs)
+        if ends is not None and isinstance(args[1], TracedStack):
+            stack = args[1]
+            stack.seen[stack.place] = None
+            out = TracedProduct.apply(
+                func, first, stack.param, ends, stack.place.number, stack.turned
             )
-        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not first.turned:
-            return _gathered(first, args[1])
-    ends = ends_of(func, args, kwargs)
-    if ends is not None and isinstance(args[1], TracedStack):
-        stack = args[1]
-        stack.seen[stack.place] = None
-        out = TracedProduct.apply(func, first, stack.param, ends, stack.place.number, stack.turned)
-        return cast(Tensor, out)
-    return None
+            return cast(Tensor, out)
+        return None
 
-
-def _parameter(x: object) -> object:
-    if not isinstance(x, TracedStack):
-        return x
-    return x.param.transpose(-2, -1) if x.turned else x.param
+    def refuse(self, func: Callable[..., Any]) -> None:
+        """Give up tracing."""
+        raise NotTracedError
 
 
 def _gathered(stack: TracedStack, numbers: Tensor) -> Tensor | None:
@@ -170,10 +154,8 @@ def _gathered(stack: TracedStack, numbers: Tensor) -> Tensor | None:
     rows = stack.param[numbers]
     if not stack.cuts:
         return rows
-    made = rows.as_subclass(Gathered)
-    made.rows = rows
-    made.live = torch.ops.lightning_mat.passing(numbers, stack.place.number, len(stack.param))
-    return made
+    live = torch.ops.lightning_mat.passing(numbers, stack.place.number, len(stack.param))
+    return Gathered.make(rows, live)
 
 
 class TracedProduct(torch.autograd.Function):
