@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_mat.optim.cohort import Cohort, settle_scalars, whole_in_chunks
 from lightning_mat.optim.loading import LoadingGroups
+from lightning_mat.optim.outermost import Outermost
 from lightning_mat.optim.pieces import Piece, View, batches_of
 from lightning_mat.optim.plan import GroupPlan
 from lightning_mat.optim.pool import Pool
@@ -66,7 +65,7 @@ class Slicer:
         self._shown: list[list[Tensor]] | None = None
         self._stepping: list[tuple[Tensor | None, Piece, Tensor, bool]] = []
         self._loaded: list[Pool] = []
-        self._step: FrameType | None = None
+        self._outermost = Outermost()
         self._attach()
 
     def _attach(self) -> None:
@@ -100,7 +99,8 @@ class Slicer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and hook into the restored optimizer."""
-        self.__dict__.update(state, beside={}, _plan=None, _shown=None, _step=None)
+        self.__dict__.update(state, beside={}, _plan=None, _shown=None)
+        self._outermost = Outermost()
         self.__dict__.update({key: [] for key in ("_sizes", "_groups", "_stepping", "_loaded")})
         self._attach()
 
@@ -238,19 +238,11 @@ class Slicer:
 
     # Stepping
 
-    def _is_inside(self) -> bool:
-        """Return whether a step is within another: PyTorch hooks a class's and its base's."""
-        frame = None if self._step is None else sys._getframe()
-        while frame is not None and frame is not self._step:
-            frame = frame.f_back
-        return frame is not None
-
     def _before_step(
         self, inner: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._is_inside():
+        if not self._outermost.begins(depth=2):
             return None
-        self._step = sys._getframe(1)  # of the step itself, which an error may end without a word
         self.restore()
         self._planned()
         if self._vanilla:
@@ -267,9 +259,8 @@ class Slicer:
         return (inner, closure_then_show, *args[2:]), kwargs
 
     def _after_step(self, *_: object) -> None:
-        if self._step is not sys._getframe(1):
+        if not self._outermost.ends(depth=2):
             return
-        self._step = None
         self.restore()
         self.rests.count()
 

@@ -23,8 +23,11 @@ from lightning_mat.units.lookup import LinearMap, Lookup, join, name_layers
 from lightning_mat.units.patterns import (
     ATTENTION_BIASES,
     ATTENTION_PATTERNS,
+    BIASES_APART,
     HEAD_COUNTS,
     KEY_VALUE_HEAD_COUNTS,
+    UNCALLED,
+    UNCALLED_WITH_BIASES,
     AttentionPattern,
 )
 from lightning_mat.units.unit import Slice, Unit
@@ -150,20 +153,15 @@ def _found(lookup: Lookup) -> list[Attention]:
 def _handed_on(lookup: Lookup, path: str, module: nn.Module) -> str:
     """Return why no call of the projections of an attention shows their use; "" if calls do."""
     home = type(module).__module__
-    if home == "torchvision.models.swin_transformer":
-        return "torchvision's Swin hands them to a function"
-    separate = getattr(module, "qkv_bias_separate", None)
-    if separate is None:
-        return ""
+    if home in UNCALLED:
+        return UNCALLED[home]
+    why = UNCALLED_WITH_BIASES.get(home)
+    if why is None:
+        if getattr(module, BIASES_APART, True):
+            return ""
+        why = f"set its {BIASES_APART} = True, which computes the same by calling it"
     own = {name.rpartition(".")[2] for name in lookup.own_parameters(path)}
-    if own.isdisjoint(ATTENTION_BIASES):
-        return ""
-    if home == "timm.models.swin_transformer_v2":
-        return "timm's Swin V2 adds biases of its own to them, window by window"
-    # timm's BEiT and EVA add the biases within F.linear, unless they are asked not to.
-    if not separate:
-        return "set its qkv_bias_separate = True, which computes the same by calling it"
-    return ""
+    return "" if own.isdisjoint(ATTENTION_BIASES) else why
 
 
 def _count(names: Sequence[str], holders: Iterable[object]) -> int | None:

@@ -159,6 +159,18 @@ ATTENTION_PATTERNS: list[AttentionPattern] = [
 # Biases that some timm models keep beside a projection without one.
 ATTENTION_BIASES = ("q_bias", "k_bias", "v_bias")
 
+# Modules of these files use the weights of their projections without calling these, so that no
+# call shows what a probe has to see: the one thing that the names of layers do not tell.
+UNCALLED = {"torchvision.models.swin_transformer": "torchvision's Swin hands them to a function"}
+# Some do so where they have biases beside: all of these, and timm's BEiT and EVA unless this
+# attribute is true.
+UNCALLED_WITH_BIASES = {
+    "timm.models.swin_transformer_v2": (
+        "timm's Swin V2 adds biases of its own to them, window by window"
+    )
+}
+BIASES_APART = "qkv_bias_separate"
+
 FFN_PATTERNS: list[FFNPattern] = [
     # Gated: Llama and its family; Meta's Llama; T5 v1.1; timm SwiGLU.
     FFNPattern(("gate_proj", "up_proj"), "down_proj"),

@@ -19,42 +19,20 @@ from lightning_mat.units import partition
 from lightning_mat.units.core import Partition
 from lightning_mat.units.unit import Slice
 from tests.gate.cases import SavedBytes, assert_close, check, unit
+from tests.gate.mixtures import (
+    DECISIONS,
+    INNER,
+    SKIPS,
+    TOKENS,
+    WIDTH,
+    Holder,
+    Stack,
+    mixtral_experts,
+    routed,
+)
 from tests.reference.gate import detached, expected_gradients
 from tests.reference.models import mixture
 from tests.units.architectures import switch
-
-SKIPS = ["weights", "units"]
-DECISIONS = [[True, False, True, False], [False, True, True, True], [False] * 4]
-TOKENS, WIDTH, INNER = 40, 16, 24
-
-
-class Stack(nn.Module):
-    """The forward that Hugging Face's mixtures have, with biases and either layout."""
-
-    def __init__(self, biases: bool, turned: bool) -> None:
-        super().__init__()
-        up, down = (4, WIDTH, INNER), (4, INNER, WIDTH)
-        self.turned = turned
-        self.up_proj = nn.Parameter(torch.randn(up if turned else (4, INNER, WIDTH)))
-        self.down_proj = nn.Parameter(torch.randn(down if turned else (4, WIDTH, INNER)))
-        self.up_bias = nn.Parameter(torch.randn(4, INNER)) if biases else None
-        self.down_bias = nn.Parameter(torch.randn(4, WIDTH)) if biases else None
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.turned:
-            out = x @ weight
-            return out if bias is None else out + bias
-        return F.linear(x, weight, bias)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden_states)
-        for e in range(4):
-            token, place = torch.where(top_k_index == e)
-            b = (None, None) if self.up_bias is None else (self.up_bias[e], self.down_bias[e])
-            h = F.gelu(self.product(hidden_states[token], self.up_proj[e], b[0]))
-            y = self.product(h, self.down_proj[e], b[1]) * top_k_weights[token, place, None]
-            out.index_add_(0, token, y)
-        return out
 
 
 class Detached(Stack):
@@ -81,24 +59,6 @@ def assert_same(leaf: Tensor, expected: Tensor | None, tolerance: float) -> None
     assert_close(
         zeros if found is None else found, zeros if expected is None else expected, tolerance
     )
-
-
-class Holder(nn.Module):
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.experts(*args)
-
-
-def routed(dtype: torch.dtype, unused: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(1)
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(TOKENS)])
-    if unused is not None:
-        index[index == unused] = (unused + 1) % 4
-    x = torch.randn(TOKENS, WIDTH, dtype=dtype).requires_grad_()
-    return x, index, torch.rand(TOKENS, 2, dtype=dtype).requires_grad_()
 
 
 @pytest.mark.parametrize("skip", SKIPS)
@@ -260,19 +220,6 @@ def test_copies_and_pickles_hold_the_parameters():
 
 
 # ---- Hugging Face's implementations --------------------------------------------------------------
-
-
-def mixtral_experts(implementation: str, dtype: torch.dtype) -> Holder:
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    from transformers import MixtralConfig
-
-    config = MixtralConfig(hidden_size=WIDTH, intermediate_size=INNER, num_local_experts=4)
-    config._experts_implementation = implementation
-    torch.manual_seed(0)
-    model = Holder(mixtral.MixtralExperts(config))
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model.to(dtype)
 
 
 @pytest.mark.parametrize("skip", SKIPS)

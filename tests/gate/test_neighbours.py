@@ -17,7 +17,8 @@ from lightning_mat.units import partition
 from lightning_mat.units.core import Partition
 from lightning_mat.units.unit import Slice, Unit
 from tests.gate.cases import assert_close, even, rows, unit
-from tests.gate.test_experts import WIDTH, Detached, Stack
+from tests.gate.mixtures import WIDTH, Stack
+from tests.gate.test_experts import Detached
 
 
 def gradients(run: Callable[[], Tensor], model: nn.Module, *others: Tensor) -> list[Tensor | None]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mat import flops
@@ -17,13 +16,18 @@ from lightning_mat.gate import Gate, experts
 from lightning_mat.gate.grouped import Chosen, keep, row_gradient, weight_gradient
 from lightning_mat.units import partition
 from tests.gate.cases import assert_close
-from tests.gate.test_experts import (
+from tests.gate.mixtures import (
     DECISIONS,
     INNER,
     SKIPS,
     WIDTH,
+    Fallen,
+    Gathering,
     Holder,
+    Mixed,
+    Own,
     Stack,
+    Turned,
     mixtral_experts,
     routed,
 )
@@ -155,58 +159,6 @@ def test_both_kinds_of_product_have_the_same_gradients(sizes, beyond, turned):
         assert costs[1] == 2 * 2 * trained * WIDTH * INNER
         # What is counted of one operation goes by its shape, with the rows of nobody.
         assert costs[0] == costs[1] or (chosen.all and beyond)
-
-
-class Own(Stack):
-    """A mixture of one's own that makes grouped products."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        chosen, order = top_k_index.flatten().sort()
-        ends = torch.bincount(chosen, minlength=4).cumsum(0, dtype=torch.int32)
-        rows = hidden_states[order // top_k_index.shape[1]]
-        h = F.gelu(F.grouped_mm(rows, self.up_proj.transpose(1, 2), offs=ends))
-        y = F.grouped_mm(h, self.down_proj.mT, offs=ends)
-        y = y * top_k_weights.flatten()[order, None]
-        out = torch.zeros_like(hidden_states)
-        return out.index_add(0, order // top_k_index.shape[1], y)
-
-
-class Turned(Stack):
-    """Its products take the parameters as they are, and its biases one for each row."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        chosen, order = top_k_index.flatten().sort()
-        numbers = torch.arange(4)
-        ends = (chosen[:, None] <= numbers).sum(0, dtype=torch.int32)
-        rows = hidden_states[order // top_k_index.shape[1]]
-        h = F.gelu(self.up(rows, chosen, ends))
-        y = F.grouped_mm(h, self.down_proj, offs=ends) + self.down_bias[chosen]
-        y = y * top_k_weights.flatten()[order, None]
-        out = torch.zeros_like(hidden_states)
-        return out.index_add(0, order // top_k_index.shape[1], y)
-
-    def up(self, rows: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
-        return F.grouped_mm(rows, self.up_proj, offs=ends) + self.up_bias[chosen]
-
-
-class Gathering(Stack):
-    """It takes out one matrix for each row, counted from behind, and multiplies with ``@``."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        numbers = top_k_index[:, 0] - 4
-        h = F.gelu(self.up_proj[numbers] @ hidden_states.unsqueeze(2))
-        y = self.down_proj[numbers].bmm(h).squeeze(2)
-        return y * top_k_weights[:, :1]
-
-
-class Mixed(Own):
-    """One whose second product goes through the experts one by one."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        h = F.grouped_mm(
-            hidden_states, self.up_proj.mT, offs=torch.arange(1, 5, dtype=torch.int32) * 10
-        )
-        return torch.stack([h @ self.down_proj[e].T for e in range(4)])
 
 
 @pytest.mark.parametrize("skip", SKIPS)
@@ -371,21 +323,6 @@ def test_a_gate_that_is_made_leaves_one_that_is_on_alone():
         with pytest.raises(RuntimeError, match="a gate is on it already"):
             other.apply([True, True, False, False])
         assert_alike(gradients(model, model, inputs), wanted, 0.0)
-
-
-class Fallen(Stack):
-    """A mixture on a device without a kernel for grouped products, as Hugging Face's run there."""
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        product = torch.ops.transformers.grouped_mm_fallback
-        chosen, order = top_k_index.flatten().sort()
-        ends = torch.bincount(chosen, minlength=4).cumsum(0, dtype=torch.int32)
-        rows = hidden_states[order // top_k_index.shape[1]]
-        h = F.gelu(product(rows, self.up_proj.transpose(1, 2), offs=ends))
-        y = product(h, self.down_proj.transpose(1, 2), offs=ends)
-        y = y * top_k_weights.flatten()[order, None]
-        out = torch.zeros_like(hidden_states)
-        return out.index_add(0, order // top_k_index.shape[1], y)
 
 
 @pytest.mark.parametrize("skip", SKIPS)
